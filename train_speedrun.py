@@ -336,18 +336,15 @@ class Block(nn.Module):
         self.proj = nn.Linear(width, width, bias=False)
         self.up = nn.Linear(width, mlp_ratio * width, bias=False)
         self.down = nn.Linear(mlp_ratio * width, width, bias=False)
-        self.value_mix = nn.Parameter(torch.empty(()))
 
-    def forward(self, x, rope, modulation, first_values):
+    def forward(self, x, rope, modulation, first_values, value_mix):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation               # each (B, 1, D)
         h = rms_norm(x) * (1 + scale1) + shift1
         B, N, D = h.shape
         qkv = self.qkv(h).view(B, N, 3, D // self.head_dim, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)                          # (B, heads, N, hd)
-        if first_values is None:
-            first_values = v
-        else:
-            v = torch.lerp(v, first_values, self.value_mix.to(v.dtype))  # arXiv 2410.17897, eq. 6
+        first_values = v if first_values is None else first_values
+        v = torch.lerp(v, first_values, value_mix.to(v.dtype))  # value residual: arXiv 2410.17897
         q, k = rotate(rms_norm(q), *rope), rotate(rms_norm(k), *rope)           # QK-norm
         h = attend(q.to(v.dtype), k.to(v.dtype), v)
         x = x + gate1 * self.proj(h.transpose(1, 2).reshape(B, N, D))
@@ -370,6 +367,7 @@ class Transformer(nn.Module):
         if cfg.text_tokens:
             self.tokens_in = nn.Linear(track.text_width, D, bias=False)
         self.modulation = nn.Linear(D, (6 * cfg.depth + 2) * D)   # all adaLN in one matmul
+        self.value_mix = nn.Parameter(torch.empty(cfg.depth))
         self.blocks = nn.ModuleList(
             Block(D, cfg.head_dim, cfg.mlp_ratio) for _ in range(cfg.depth))
         self.head = nn.Linear(D, c * p * p)
@@ -423,7 +421,7 @@ class Transformer(nn.Module):
             x = torch.cat([context, x], dim=1)                                  # (B, T + N, D)
         rope, values = (self.cos, self.sin), None
         for i, block in enumerate(self.blocks):
-            x, values = block(x, rope, mods[6 * i:6 * i + 6], values)
+            x, values = block(x, rope, mods[6 * i:6 * i + 6], values, self.value_mix[i])
         x = rms_norm(x[:, self.cfg.text_tokens:]) * (1 + mods[-1]) + mods[-2]
         x = self.head(x).float()                                                # (B, N, C p p)
         return x.view(B, h, w, C, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
