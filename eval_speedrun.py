@@ -129,7 +129,7 @@ def load_model(run: Run, path: Path, device):
         model, _ = run.code.load_checkpoint(path, device)
     except Exception as e:
         raise UserError(f"{path} does not load ({type(e).__name__}: {e}): resume or train again")
-    return model
+    return model.requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -132,8 +133,8 @@ def images_per_forward(cfg: Config, world, total: int) -> int:
 def check_config(cfg: Config, world):
     """Refuses what cannot be trained, before any work. AssertionError with the values."""
     track, W, local = TRACKS[cfg.track], world.size, cfg.batch_size // world.size
-    _, h, w = track.shape
-    assert h % cfg.patch == w % cfg.patch == 0, f"patch {cfg.patch} does not divide {h}x{w}"
+    assert track.shape[1] % cfg.patch == track.shape[2] % cfg.patch == 0, (
+        f"patch {cfg.patch} does not divide {track.shape}")
     assert cfg.width % cfg.head_dim == cfg.head_dim % 4 == 0, (
         f"head_dim {cfg.head_dim} must divide width {cfg.width} and be a multiple of 4 (2-D RoPE)")
     assert cfg.batch_size % W == track.val_images % W == 0, (
@@ -144,8 +145,7 @@ def check_config(cfg: Config, world):
     assert 1 <= cfg.evals <= cfg.steps, f"evals {cfg.evals} is not in 1 .. steps {cfg.steps}"
     assert cfg.sampler in ("euler", "sde"), f"sampler {cfg.sampler!r} is neither euler nor sde"
     assert sampling_nfe(cfg) <= track.max_nfe, (
-        f"the sampler takes {sampling_nfe(cfg)} network evaluations an image, the contract allows "
-        f"{track.max_nfe}: lower sample_steps")
+        f"sample takes {sampling_nfe(cfg)} network evaluations an image, more than {track.max_nfe}")
 
 # ---------------------------------------------------------------------------------------------
 # Optimizer: Muon on the block matrices, AdamW on the rest
@@ -491,37 +491,36 @@ def sample(model: nn.Module, noise: Tensor, text: Text, fresh=None) -> Tensor:
 class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2."""
 
-class Shards:
-    """All shards of one split as one memory-mapped array, checked by header before any work.
+@contextmanager
+def reading(track: Track):
+    """Turns whatever a missing, damaged or foreign data file raises into one line with the mend."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"data/{track.name} is missing, damaged or foreign ({e}); "
+                        f"run: python data/download.py {track.name}")
 
-    Raises UserError, naming file and mend, for what is missing, truncated or foreign.
-    """
+class Shards:
+    """All shards of one split as one memory-mapped array, checked by header before any work."""
 
     def __init__(self, track: Track, split: str):
-        folder = Path("data", track.name)
-        self.latents, self.labels = [], []
-        try:
-            path = folder / "manifest.json"
-            manifest = path.read_bytes()
+        folder, self.latents, self.labels = Path("data", track.name), [], []
+        with reading(track):
+            manifest = (folder / "manifest.json").read_bytes()
             self.sha256 = hashlib.sha256(manifest).hexdigest()
             for name, entry in sorted(json.loads(manifest)["files"].items()):
                 if not name.startswith(split + "_"):
                     continue
-                path = folder / name
-                if path.stat().st_size != entry["bytes"]:
-                    raise ValueError(f"{path.stat().st_size} bytes, not {entry['bytes']}")
-                with safe_open(path, "pt") as f:                 # maps the file, reads the header
+                size, n = (folder / name).stat().st_size, entry["count"]
+                if size != entry["bytes"]:
+                    raise ValueError(f"{name} has {size} bytes, not {entry['bytes']}")
+                with safe_open(folder / name, "pt") as f:        # maps the file, reads the header
                     latents, labels = f.get_tensor("latents"), f.get_tensor("labels")
                     found = f.metadata()["track"], str(latents.dtype), *latents.shape, len(labels)
-                count = entry["count"]
-                expected = track.name, "torch." + track.dtype, count, *track.shape, count
-                if found != expected:
-                    raise ValueError(f"holds {found}, not {expected}")
+                if found != (track.name, "torch." + track.dtype, n, *track.shape, n):
+                    raise ValueError(f"{name} holds {found}, not {n} of {track}")
                 self.latents.append(latents.numpy())
                 self.labels.append(labels.numpy())
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UserError(f"{path} is missing, damaged or foreign ({e}); "
-                            f"run: python data/download.py {track.name}")
         self.starts = np.cumsum([0] + [len(x) for x in self.latents])
         self.count = int(self.starts[-1])
 
@@ -546,18 +545,18 @@ class Loader:
     def __init__(self, shards: Shards, cfg: Config, seed: int, world):
         self.shards, self.seed, self.batch = shards, seed, cfg.batch_size
         self.mine, self.device = world.part(cfg.batch_size), world.device
-        self.orders = {}                                         # epoch -> permutation
         self.pool, self.ahead = ThreadPoolExecutor(1), {}        # step -> batch on its way
+
+    @lru_cache(maxsize=2)
+    def order(self, epoch: int) -> np.ndarray:
+        g = torch.Generator().manual_seed(draw_seed(self.seed, epoch, stream=1))
+        return torch.randperm(self.shards.count, generator=g).numpy()
 
     def indices(self, step: int) -> np.ndarray:
         """Rows of the global batch of `step`, (batch_size,) int64."""
-        n = self.shards.count
         at = np.arange(step * self.batch, (step + 1) * self.batch)
-        for epoch in {int(at[0] // n), int(at[-1] // n)} - set(self.orders):
-            generator = torch.Generator().manual_seed(draw_seed(self.seed, epoch, stream=1))
-            self.orders[epoch] = torch.randperm(n, generator=generator).numpy()
-            self.orders.pop(epoch - 2, None)
-        return np.array([self.orders[int(e)][r] for e, r in zip(at // n, at % n)])
+        return np.array([self.order(int(e))[r]
+                         for e, r in zip(*np.divmod(at, self.shards.count))])
 
     def __call__(self, step: int):
         """Stored latents (local, C, H, W) and labels (local,) of `step`, on the device."""
@@ -572,22 +571,17 @@ class Captions:
     """The track's caption table on the device, and which captions belong to a label."""
 
     def __init__(self, track: Track, tokens: int, device):
-        path = Path("data", track.name, "text.safetensors")
-        try:
-            with safe_open(path, "pt") as f:
-                labels = np.array(json.loads(f.metadata()["labels"]))
-                n, width = len(labels), track.text_width
-                self.text = Text(f.get_tensor("pooled").float().to(device), (
-                    f.get_tensor("tokens").float() if tokens else torch.zeros(n, 0, width)
-                ).to(device))
-            found, wanted = [tuple(x.shape) for x in self.text], [(n, width), (n, tokens, width)]
+        with reading(track), safe_open(Path("data", track.name, "text.safetensors"), "pt") as f:
+            labels = np.array(json.loads(f.metadata()["labels"]))
+            n, width = len(labels), track.text_width
+            pooled = f.get_tensor("pooled").float()
+            context = f.get_tensor("tokens").float() if tokens else torch.zeros(n, 0, width)
+            found, wanted = (pooled.shape, context.shape), ((n, width), (n, tokens, width))
             if found != wanted:
-                raise ValueError(f"holds {found}, not {wanted}")
+                raise ValueError(f"text.safetensors holds {found}, not {wanted}")
+            self.text = Text(pooled.to(device), context.to(device))
             of_label = [np.flatnonzero(labels == k) for k in range(labels.max() + 1)]
             self.of_label = torch.from_numpy(np.stack(of_label)).to(device)   # (classes, captions)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{path} is missing, damaged or foreign ({e}); "
-                            f"run: python data/download.py {track.name}")
 
     def pick(self, labels: Tensor, u: Tensor) -> Text:
         """One of each label's captions, by uniform u in [0, 1): (B,), (B,) -> a batch of B."""
