@@ -98,6 +98,7 @@ class Config:
     cooldown: float = 0.5          # share of the run in which it falls to 0
     ema_decay: float = 0.999       # at most; warmed up as (1 + step) / (10 + step)
     # objective
+    sigma_data: float = 0.5        # spread of x in the preconditioning; 0 = predict v directly
     caption_drop: float = 0.1      # share of images trained on the null caption, for guidance
     flip: bool = False             # mirror half of the images (pixels, not latents)
     t_logit_std: float = 0.0       # 0 = uniform t; else logit-normal (SD3, arXiv 2403.03206)
@@ -118,8 +119,8 @@ CONFIGS = {
         track="cifar10", patch=2, width=512, depth=12, flip=True,
         batch_size=512, steps=10_000, save_every=2000, guidance=2.0),
     "cifar10-cpu": Config(         # a laptop, in minutes
-        track="cifar10", patch=4, width=256, depth=6, flip=True,
-        batch_size=128, steps=800, save_every=400, guidance=2.0),
+        track="cifar10", patch=4, width=192, depth=4, flip=True,
+        batch_size=64, steps=4000, muon_lr=0.025, adamw_lr=2e-3, guidance=4.0),
     "imagenet256": Config(         # SiT-B/1 on 8 GPUs
         track="imagenet256", patch=1, width=768, depth=12,
         batch_size=256, steps=400_000, evals=6, save_every=10_000, muon_lr=1e-3, adamw_lr=1e-4,
@@ -412,6 +413,13 @@ class Transformer(nn.Module):
         c = self.time_out(F.silu(self.time_in(torch.cat([angles.cos(), angles.sin()], dim=1))))
         c = c + self.pooled_in((text.pooled - self.text_mean) / self.text_std)
         mods = self.modulation(F.silu(c)).view(B, -1, 1, self.cfg.width).unbind(1)
+        # preconditioning (EDM, arXiv 2206.00364, eq. 7, for velocities): the best linear guess from
+        # x_t comes for free, the network sees unit variance and gives the rest
+        skip, out = 0.0, 1.0
+        if s := self.cfg.sigma_data:
+            tt = t.view(-1, 1, 1, 1)
+            var = ((1 - tt) * s) ** 2 + tt ** 2                                 # of x_t
+            skip, out, x = (tt - (1 - tt) * s * s) / var * x, s * var.rsqrt(), x * var.rsqrt()
         # patches
         x = x.view(B, C, h, p, w, p).permute(0, 2, 4, 1, 3, 5).reshape(B, h * w, C * p * p)
         x = self.embed(x)                                                       # (B, N, D)
@@ -424,7 +432,8 @@ class Transformer(nn.Module):
             x, values = block(x, rope, mods[6 * i:6 * i + 6], values, self.value_mix[i])
         x = rms_norm(x[:, self.cfg.text_tokens:]) * (1 + mods[-1]) + mods[-2]
         x = self.head(x).float()                                                # (B, N, C p p)
-        return x.view(B, h, w, C, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
+        x = x.view(B, h, w, C, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
+        return skip + out * x
 
 # ---------------------------------------------------------------------------------------------
 # Objective and sampler: x_t = (1 - t) x + t noise, velocity = noise - x (arXiv 2209.03003)
