@@ -22,11 +22,15 @@ if [ -n "${PYTHON:-}" ]; then
 else
   python=.venv/bin/python
   if ! [ -x $python ]; then
-    base=$(command -v python3.13 || command -v python3.12 || command -v python3.11 ||
-           command -v python3) || fail "python3 is missing: install Python 3.11 or newer"
-    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-      fail "$("$base" --version) is too old: install Python 3.11 or newer, or name one in PYTHON"
-    rm -rf .venv .venv.tmp
+    base=
+    for candidate in python3 python3.13 python3.12 python3.11; do
+      if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
+        base=$candidate
+        break
+      fi
+    done
+    [ -n "$base" ] || fail "no Python 3.11 or newer: install one, or name it in PYTHON"
+    rm -rf .venv
     "$base" -m venv .venv > .venv.log 2>&1 ||
       fail "cannot make .venv (see .venv.log): on Debian, apt install python3-venv"
   fi
