@@ -17,6 +17,7 @@ import os
 import platform
 import sys
 import time
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,8 +167,13 @@ def clip_text(captions: list, width: int = 512):
     """
     if width not in CLIP_MODELS:
         raise UserError(f"no CLIP model of width {width}: use a caption of the track's table")
+    import huggingface_hub.constants as hub
     import open_clip
     name, weights = CLIP_MODELS[width]
+    try:
+        urllib.request.urlopen(hub.ENDPOINT, timeout=10).close()
+    except OSError:
+        hub.HF_HUB_OFFLINE = True                                # cache only, without retries
     try:
         model = open_clip.create_model(name, pretrained=weights).eval()
     except Exception as e:                                       # the hub raises a dozen kinds

@@ -882,5 +882,22 @@ def test_caption_table_has_its_provenance():
     assert 0.7 < cosine.min() and cosine.max() < 0.98            # close together, none twice
 
 
+
+def test_any_caption_is_embedded_the_same_way(monkeypatch, tmp_path):
+    """Where the hub cannot be reached: one line. With a model: its pooled text, unnormalised."""
+    closed = dict(HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
+    refuses(python(tmp_path, ROOT / "data/download.py", "cifar10", "--check-text", check=False,
+                   **closed), "CLIP ViT-B-32-quickgelu", "hub")
+    import open_clip
+    create = open_clip.create_model
+    torch.manual_seed(0)
+    monkeypatch.setattr(open_clip, "create_model", lambda name, pretrained: create(name))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", closed["HF_ENDPOINT"])
+    found = ev.clip_text(["a frog", "a frog", "a boat"])
+    assert found.shape == (3, 512) and found.dtype == torch.float32
+    torch.testing.assert_close(found[0], found[1])
+    assert not torch.allclose(found[0], found[2]) and (found.norm(dim=1) - 1).abs().min() > 0.1
+
+
 if __name__ == "__main__":
     benchmark_loader()

@@ -118,7 +118,7 @@ CONFIGS = {
         batch_size=512, steps=10_000, save_every=2000, guidance=2.0),
     "cifar10-cpu": Config(         # a laptop, in minutes
         track="cifar10", patch=4, width=192, depth=4, flip=True,
-        batch_size=64, steps=4000, muon_lr=0.025, adamw_lr=2e-3, guidance=4.0),
+        batch_size=64, steps=4000, muon_lr=0.025, adamw_lr=2e-3, cooldown=1.0, guidance=4.0),
     "imagenet256": Config(         # SiT-B/1 on 8 GPUs
         track="imagenet256", patch=1, width=768, depth=12,
         batch_size=256, steps=400_000, evals=6, save_every=10_000, muon_lr=1e-3, adamw_lr=1e-4,
