@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import platform
 import sys
@@ -175,10 +176,13 @@ def clip_text(captions: list, width: int = 512):
     except OSError:
         hub.HF_HUB_OFFLINE = True                                # cache only, without retries
     try:
+        logging.disable(logging.ERROR)                           # our line says it
         model = open_clip.create_model(name, pretrained=weights).eval()
     except Exception as e:                                       # the hub raises a dozen kinds
         raise UserError(f"CLIP {name} cannot be had ({type(e).__name__}): connect to the hub, or "
                         "use a caption of the track's table")
+    finally:
+        logging.disable(logging.NOTSET)
     with torch.no_grad():
         return model.encode_text(open_clip.get_tokenizer(name)(captions)).float()
 
