@@ -3,7 +3,7 @@
     python eval_speedrun.py logs/<run_id>                     results.json, samples.png, curve.png
     python eval_speedrun.py logs/<run_id> --prompt "a frog"   samples of one caption: prompt.png
 
-What a run may decide is in its snapshot: `load_checkpoint`, `velocity`, `sample`. Everything a
+What a run may decide is in its snapshot: `load_checkpoint`, `velocity`, `sample`. Everything else a
 number depends on is made here: captions (balanced over the labels), noise (seeded by the image's
 index, so the images depend on neither batch size nor number of devices), the validation draws
 (from the contract's text, checked by hash) and the count of network evaluations.
@@ -95,7 +95,7 @@ def load_run(folder) -> Run:
     sys.modules["snapshot"] = code                               # dataclasses look their module up
     try:
         spec.loader.exec_module(code)
-        for name in ("CONFIGS", "load_checkpoint", "velocity", "sample"):
+        for name in ("CONFIGS", "Text", "load_checkpoint", "velocity", "sample"):
             getattr(code, name)
     except Exception as e:
         raise UserError(f"{path} does not import ({type(e).__name__}: {e}): mend it, train again")

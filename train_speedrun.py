@@ -6,8 +6,9 @@
     RESUME=logs/<run_id> python ...         continue a killed run to the weights it would have had
 
 Everything else is edited in this file: it is copied whole into its own log, and the copy is what
-the referee imports. A racer may change all of it but the contract. The referee uses four names:
-CONFIGS, load_checkpoint(path), velocity(model, x, t, text) and sample(model, noise, text, fresh).
+the referee imports. A racer may change all of it but the contract. The referee uses five names:
+CONFIGS, Text, load_checkpoint(path), velocity(model, x, t, text) and sample(model, noise, text,
+fresh).
 
 Clock  In: from the fetch of the first batch on, every table derived from the data, forward,
        backward, optimizer, EMA, the logged lines, the final swap of the EMA into the model.
@@ -118,7 +119,8 @@ CONFIGS = {
         batch_size=512, steps=10_000, save_every=2000, guidance=2.0),
     "cifar10-cpu": Config(         # a laptop, in minutes
         track="cifar10", patch=4, width=192, depth=4, flip=True,
-        batch_size=64, steps=4000, muon_lr=0.025, adamw_lr=2e-3, cooldown=1.0, guidance=4.0),
+        batch_size=64, steps=4000, muon_lr=0.025, adamw_lr=2e-3, cooldown=1.0,
+        sample_steps=30, guidance=6.0, guidance_interval=(0.2, 0.85), sample_shift=2.0),
     "imagenet256": Config(         # SiT-B/1 on 8 GPUs
         track="imagenet256", patch=1, width=768, depth=12,
         batch_size=256, steps=400_000, evals=6, save_every=10_000, muon_lr=1e-3, adamw_lr=1e-4,

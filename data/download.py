@@ -71,16 +71,18 @@ def write_atomic(path: Path, write):
 
 
 def write_safetensors(path: Path, tensors: dict, metadata: dict):
-    """Atomically, and with the header in sorted order: equal content gives equal files."""
-    def write(temporary):
-        data = bytearray(save(tensors, metadata))
-        size = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8:8 + size])
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        data[8:8 + size] = text.ljust(size)
-        temporary.write_bytes(data)
-    write_atomic(path, write)
+    """Atomically, with the header in sorted order: equal content gives equal files.
+
+    A file that holds this already is left alone.
+    """
+    data = bytearray(save(tensors, metadata))
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    data[8:8 + size] = text.ljust(size)
+    if not path.is_file() or path.read_bytes() != data:
+        write_atomic(path, lambda p: p.write_bytes(data))
 
 
 def write_json(path: Path, content):
@@ -283,7 +285,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.track != "cifar10":
-            raise UserError(f"cannot bring {args.track!r}: choose cifar10")
+            raise UserError(f"cannot bring {args.track!r} yet: choose cifar10")
         check_text() if args.check_text else cifar10(ROOT / args.track)
     except UserError as e:
         print(f"download.py: {e}", file=sys.stderr)
