@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import platform
+import re
 import sys
 import time
 import urllib.request
@@ -396,8 +397,12 @@ def evaluate(folder, device) -> dict:
 
 
 def machine(device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else \
-        f"{os.cpu_count()}-core {platform.machine()} CPU"
+    """Name of the GPU, or of the CPU and its cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpu.read_text() if cpu.exists() else "")
+    return f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores"
 
 
 def draw_prompt(folder, prompt: str, device) -> Path:

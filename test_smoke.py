@@ -873,6 +873,23 @@ def test_no_source_of_data(sources, monkeypatch, capsys):
     assert not (folder / "cifar10").exists()
 
 
+def test_download_without_disk(sources, monkeypatch, capsys):
+    home = sources[0] / "cifar10"
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1e6))
+    assert download.main(["cifar10"]) == 2 and "400 MB of disk" in capsys.readouterr().err
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1e12))
+    write = Path.write_bytes
+
+    def full(path, data):                                # the disk is full after one shard
+        if "001" in path.name:
+            raise OSError(28, "No space left on device")
+        return write(path, data)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert download.main(["cifar10"]) == 2
+    assert "train_001" in (error := capsys.readouterr().err) and "free some disk" in error
+    assert [p.name for p in home.iterdir()] == ["train_000.safetensors"]
+
+
 def test_caption_table_has_its_provenance():
     from safetensors import safe_open
     with safe_open(ROOT / "data" / "cifar10_text.safetensors", "pt") as f:

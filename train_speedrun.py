@@ -124,6 +124,7 @@ CONFIGS = {
     "imagenet256": Config(         # SiT-B/1 on 8 GPUs
         track="imagenet256", patch=1, width=768, depth=12,
         batch_size=256, steps=400_000, evals=6, save_every=10_000, muon_lr=1e-3, adamw_lr=1e-4,
+        sigma_data=1.0,            # what the contract's scale is for
         t_shift=math.sqrt(32 * 16 * 16 / 4096), sample_shift=math.sqrt(32 * 16 * 16 / 4096)),
 }
 
@@ -881,10 +882,9 @@ def train(name: str, seed: int, resume: Optional[Path], world: World) -> Path:
     print(f"\nresumed from step {start} at {1000 * clock.seconds:.0f}ms" if resume
           else source + "=" * 100, file=log_file)
     parameters = sum(p.numel() for p in state.params)
-    machine = torch.cuda.get_device_name() if world.device.type == "cuda" else \
-        f"{platform.machine()} CPU with {torch.get_num_threads()} threads"
-    log(f"{folder}: seed {seed}, {parameters / 1e6:.2f}M parameters\n{world.size} x {machine}, "
-        f"python {platform.python_version()}, torch {torch.__version__}\n{json.dumps(asdict(cfg))}")
+    log(f"{folder}: seed {seed}, {parameters / 1e6:.2f}M parameters\n"
+        f"{world.size} x {machine(world)}, python {platform.python_version()}, "
+        f"torch {torch.__version__}\n{json.dumps(asdict(cfg))}")
     warm_up(cfg, state, loss_of)
     eval_at = {round(cfg.steps * k / cfg.evals) for k in range(cfg.evals + 1)}
     first_bad = torch.full((), cfg.steps, device=world.device)   # first step of non-finite loss
@@ -955,13 +955,20 @@ def train(name: str, seed: int, resume: Optional[Path], world: World) -> Path:
         (folder / "state.pt").unlink()          # finished: nothing left to resume
     return folder
 
+def machine(world: World) -> str:
+    """Name of the GPU, or of the CPU and its threads."""
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_name()
+    cpu = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpu.read_text() if cpu.exists() else "")
+    return f"{found[1] if found else platform.machine()}, {torch.get_num_threads()} threads"
+
 def main() -> int:
     """The track from the command line, RESUME and SEED from the environment. The exit code."""
     world, seed, resume = None, os.environ.get("SEED", "0"), os.environ.get("RESUME")
 
     def terminated(signum, frame):
         raise UserError("ended by SIGTERM; continue with RESUME=logs/<run_id>")
-
     try:
         signal.signal(signal.SIGTERM, terminated)
         name = " ".join(sys.argv[1:]) or "cifar10"
