@@ -98,13 +98,11 @@ def load_run(folder) -> Run:
         spec.loader.exec_module(code)
         for name in ("CONFIGS", "Text", "load_checkpoint", "velocity", "sample"):
             getattr(code, name)
+        # from the contract's own text alone: nothing later in the file can replace its names
+        names = dict(__name__="contract", dataclass=dataclass, torch=torch)
+        exec(contract, names)
     except Exception as e:
         raise UserError(f"{path} does not import ({type(e).__name__}: {e}): mend it, train again")
-    # The contract's names come from its own text alone: nothing later in the file can replace them
-    names = {"dataclass": dataclass, "torch": torch, "__name__": "contract", "Track": None}
-    sys.modules["contract"] = importlib.util.module_from_spec(
-        importlib.util.spec_from_loader("contract", None))
-    exec(contract, names)
     code_sha256 = hashlib.sha256(source.encode()).hexdigest()
     checkpoints = []
     for file in sorted(folder.glob("step_*.safetensors")):
