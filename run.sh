@@ -76,5 +76,5 @@ run=logs/$(sed -n 's/^run_id: //p' "$output")
 echo "training, with warm-up and validation: $((SECONDS - started)) s"
 
 started=$SECONDS
-"$python" eval_speedrun.py "$run"
+"${launch[@]}" eval_speedrun.py "$run"
 echo "evaluation: $((SECONDS - started)) s"

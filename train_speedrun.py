@@ -119,7 +119,7 @@ CONFIGS = {
         batch_size=512, steps=10_000, save_every=2000, guidance=2.0),
     "cifar10-cpu": Config(         # a laptop, in minutes
         track="cifar10", patch=4, width=192, depth=4, flip=True,
-        batch_size=64, steps=4000, muon_lr=0.025, adamw_lr=2e-3, cooldown=1.0,
+        batch_size=64, steps=2600, muon_lr=0.025, adamw_lr=2e-3, cooldown=1.0,
         sample_steps=30, guidance=6.0, guidance_interval=(0.2, 0.85), sample_shift=2.0),
     "imagenet256": Config(         # SiT-B/1 on 8 GPUs
         track="imagenet256", patch=1, width=768, depth=12,

@@ -20,15 +20,18 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT.parent))
+from data.networks import (UserError, clip_text, from_hub, progress, sha256_of,  # noqa: E402
+                           write_atomic)
+
 SHARD = 10_000                                       # images in one shard
 
 HUB_REPO, HUB_REVISION = "uoft-cs/cifar10", "main"   # the pixels are checked, not the revision
@@ -42,32 +45,9 @@ CIFAR10 = dict(
     val=(10_000, "d570771bafad4f8255972740ae31c6ed59aa3d5aef9b52fb7f2cdd6a5d5e2cb8"))
 
 
-class UserError(Exception):
-    """Something the user can mend: printed as one line, exit code 2."""
-
-
 # ---------------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------------
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def write_atomic(path: Path, write):
-    """write(temporary path), sync, rename: the file is whole or not there. Raises UserError."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as e:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({e}); free some disk and run this again")
 
 
 def write_safetensors(path: Path, tensors: dict, metadata: dict):
@@ -107,11 +87,6 @@ def local_file(name: str):
     return path if path and path.is_file() else None
 
 
-def progress(iterable, **kwargs):
-    from tqdm import tqdm
-    return tqdm(iterable, ascii=True, disable=None, **kwargs)    # quiet where there is no terminal
-
-
 # ---------------------------------------------------------------------------------------------
 # CIFAR-10: two sources of the same pixels
 # ---------------------------------------------------------------------------------------------
@@ -140,11 +115,9 @@ def cifar10_from_hub() -> dict:
     for split, name in HUB_FILES.items():
         paths[split] = local_file(name)
         if not paths[split]:
-            from huggingface_hub import constants, hf_hub_download
             try:
-                urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()   # before retries
-                paths[split] = hf_hub_download(HUB_REPO, name, repo_type="dataset",
-                                               revision=HUB_REVISION)
+                paths[split] = from_hub(HUB_REPO, name, repo_type="dataset",
+                                        revision=HUB_REVISION)
             except Exception as e:                   # the library raises a dozen kinds
                 raise UserError(f"hub not reached ({type(e).__name__})")
     parquet, out = import_pyarrow(), {}
@@ -265,12 +238,7 @@ def check_text():
     """Recomputes data/cifar10_text.safetensors with open_clip and compares. Needs the hub."""
     with safe_open(ROOT / "cifar10_text.safetensors", "pt") as f:
         table, captions = f.get_tensor("pooled").float(), json.loads(f.metadata()["captions"])
-    sys.path.insert(0, str(ROOT.parent))
-    from eval_speedrun import UserError as EvalError, clip_text
-    try:
-        fresh = clip_text(captions)
-    except EvalError as e:
-        raise UserError(str(e))
+    fresh, _ = clip_text(captions)
     cosine = torch.cosine_similarity(table, fresh, dim=-1)
     error = (table - fresh).norm() / table.norm()
     print(f"cosine {cosine.min():.6f} or more, relative error {error:.2e}")
