@@ -163,7 +163,7 @@ class IndexedNoise:
             self.device)
 
 class Flops(TorchDispatchMode):
-    """Counts the floating-point operations of the tensor operations inside it, whoever calls."""
+    """Counts the FLOPs of matrix products, convolutions and attention inside it, whoever calls."""
     total = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -185,7 +185,7 @@ class Sampler:
     Counted are rows that enter the model's forward and, in FLOPs of one evaluation, whatever else
     `sample` computes: through a copy, a re-wrapped model or parts of it, compiled or not. Of two
     images all FLOPs are counted first: a forward must cost in `sample` what it does in `velocity`.
-    Not seen: arithmetic outside of PyTorch (numpy, another process).
+    Not seen: what is no matrix product, convolution or attention of PyTorch's in this process.
     """
 
     def __init__(self, run: Run, path: Path, captions: Captions, device, count: int):
@@ -195,10 +195,11 @@ class Sampler:
             self.autoencoder = Autoencoder(load_weights("autoencoder")).to(device)
         noise = IndexedNoise([0, 1], run.track.shape, device)
         text = captions.text(run, [0, 0], device)
-        with torch.no_grad(), Flops() as one:
-            run.code.velocity(self.model, noise(), torch.full((2,), 0.5, device=device), text)
-        with torch.no_grad(), Flops() as whole:
-            run.code.sample(self.model, noise(), text, noise)
+        with torch.no_grad():
+            with Flops() as one:
+                run.code.velocity(self.model, noise(), torch.full((2,), 0.5, device=device), text)
+            with Flops() as whole:
+                run.code.sample(self.model, noise(), text, noise)
         self.one, self.nfe_by_flops, self.nfe = one.total / 2, whole.total / one.total, 0.0
         self.refuse(self.nfe_by_flops)
         forward = self.model.forward                             # compiled where it pays
@@ -207,7 +208,7 @@ class Sampler:
 
         def counted(*args, **kwargs):
             self.rows += len(args[0] if args else next(iter(kwargs.values())))
-            with _disable_current_modes(), torch.compiler.set_stance("default"):
+            with _disable_current_modes():
                 return forward(*args, **kwargs)
         self.model.forward = counted
 
@@ -222,7 +223,7 @@ class Sampler:
         self.rows, shape = 0, (len(rows), *self.run.track.shape)
         fresh = IndexedNoise(range(at, at + len(rows)), shape[1:], self.device)
         text = self.captions.text(self.run, rows, self.device)
-        with Flops() as beside, torch.compiler.set_stance("force_eager"):
+        with Flops() as beside:                                  # in it, compiled code runs eagerly
             x = self.run.code.sample(self.model, fresh(), text, fresh)
         nfe = (self.rows + beside.total / self.one) / len(rows)
         self.refuse(nfe)
@@ -332,9 +333,8 @@ def neighbour_accuracy(real, real_labels, fake, labels, k: int = 10) -> float:
 # Scoring: one pass over the images for all networks, in parts that survive a kill
 # ---------------------------------------------------------------------------------------------
 
-def frechet(real: dict, fake: dict, name: str) -> float:
-    fake_moments = moments(fake[name].split(1000))
-    return frechet_distance(real[name + ".mean"], real[name + ".cov"], *fake_moments)
+def frechet(real: dict, fake: dict, k: str) -> float:
+    return frechet_distance(real[k + ".mean"], real[k + ".cov"], *moments(fake[k].split(1000)))
 
 SCORES = {   # network: its metrics, and their values from the features of real and fake images
     "inception": (("FID", "sFID", "IS", "precision", "recall"), lambda real, fake: (
@@ -367,8 +367,8 @@ def key_of(*content) -> str:
 def stream(folder: Path, count: int, images_of, networks: dict, world: World, desc: str) -> dict:
     """Features of images 0 .. count - 1 of all networks, {name: (count, ...)}, on every process.
 
-    images_of(start, stop) -> uint8 (B, 3, H, W), caption rows.
-    Process r takes every world.size-th batch; what lies in `folder` from before is not redone.
+    images_of(start, stop) -> uint8 (B, 3, H, W), caption rows. Process r takes every
+    world.size-th batch; what lies in `folder` from before is not redone.
     """
     parts = [(at, min(at + BATCH, count)) for at in range(0, count, BATCH)]
     paths = [folder / f"{start}_{stop}.safetensors" for start, stop in parts]

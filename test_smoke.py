@@ -413,6 +413,20 @@ def test_referee_refuses_hidden_evaluations(how, trained, monkeypatch):
         late([0, 1, 2])
 
 
+def test_compiled_code_of_a_sampler_runs_eagerly(trained, monkeypatch):
+    """So that its operations are seen, also where it was compiled before."""
+    seen = []
+
+    @torch.compile
+    def double(x):
+        seen.append(torch.compiler.is_compiling())
+        return 2 * x
+    double(torch.ones(3))
+    assert seen == [True]
+    sampler(trained, monkeypatch, lambda *args: double(torch.ones(3)))([0, 1])
+    assert seen == [True, False, False]                          # the first audit, the images
+
+
 def test_referee_counts_rows_not_calls(trained, monkeypatch):
     one_more = sampler(trained, monkeypatch, lambda run, model, noise, text: run.code.velocity(
         model, noise[:1], noise.new_ones(1), run.code.Text(text.pooled[:1], text.tokens[:1])))
@@ -483,6 +497,8 @@ def test_inception_score_counts_classes():
     logits = 1000 * torch.eye(7).repeat(30, 1)
     assert ev.inception_score(logits, 210) == pytest.approx(7, abs=1e-9)
     assert ev.inception_score(logits, 70) == pytest.approx(7, abs=1e-9)
+    in_order = 1000 * torch.eye(7).repeat_interleave(30, 0)      # chunks of 2, 2, 2 and 1 classes
+    assert ev.inception_score(in_order, 60) == pytest.approx(1.75, abs=1e-9)
     assert ev.inception_score(torch.randn(1, 7).repeat(50, 1), 50) == pytest.approx(1, abs=1e-9)
 
 
@@ -878,7 +894,7 @@ def test_export_is_what_the_official_tool_reads(tool, trained, tmp_path, monkeyp
     monkeypatch.chdir(trained.parent.parent)
     prompts, wanted, out = tmp_path / "prompts", ["a thing 1", "a thing 3"], trained / tool
     prompts.write_text(PROMPTS[tool])
-    command = [str(trained), "--export", tool, "--prompts", str(prompts)]
+    command = [f"logs/{trained.name}", "--export", tool, "--prompts", str(prompts)]
     assert ev.main(command) == 0 and capsys.readouterr().out.split()[-1] == str(out)
     if tool == "geneval":
         assert sorted(p.name for p in out.iterdir()) == ["00000", "00001"]
@@ -895,6 +911,13 @@ def test_export_is_what_the_official_tool_reads(tool, trained, tmp_path, monkeyp
         files = sorted(out.rglob("*.png"))
         assert ["\n".join(open(str(f)[:-4] + ".txt").readlines()) for f in files] == wanted
     assert all(Image.open(f).size == (8, 8) and Image.open(f).mode == "RGB" for f in files)
+    run = ev.load_run(trained)                                   # image i from the noise of index i
+    look = ev.Sampler(run, run.checkpoints[-1][0], ev.any_captions(run, wanted),
+                      torch.device("cpu"), 0)
+    rows = [0, 0, 0, 0, 1, 1, 1, 1] if tool == "geneval" else [0, 1]
+    for file, pixels in zip(sorted(out.rglob("*.png")), look(rows)):
+        assert np.abs(np.asarray(Image.open(file)).astype(int) - pixels.permute(
+            1, 2, 0).numpy()).max() <= 1
     content = files[0].read_bytes()
     files[0].unlink()                                            # as a killed export leaves it
     assert ev.main(command) == 0 and files[0].read_bytes() == content

@@ -271,6 +271,8 @@ class ZippedLatents:
             index = next(n for n in self.zip.namelist() if n.endswith("dataset.json"))
             labels = json.loads(self.zip.read(index))["labels"]
             self.rows = [(index.removesuffix("dataset.json") + n, k) for n, k in labels]
+            if not all(k in range(1000) for _, k in self.rows):
+                raise ValueError("a label is not in 0 .. 999")
         except Exception as e:                       # the library raises a dozen kinds
             raise UserError(f"{HUB_LATENTS} cannot be read ({type(e).__name__}: {e}); fetch it "
                             "elsewhere and set SPEEDRUN_DATA=<its folder>, or give --images")
