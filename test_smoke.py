@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 import eval_speedrun as ev
 import train_speedrun as ts
@@ -781,6 +781,16 @@ def test_weights_are_checked_and_local_ones_go_first(tmp_path, monkeypatch):
         path).write_bytes(b"cut"))
     with pytest.raises(ev.UserError, match="has not the sha256"):
         networks.weights("x")
+
+
+def test_foreign_weights_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEEDRUN_WEIGHTS", str(tmp_path))
+    captions, device = SimpleNamespace(labels=[0], captions=["a"]), torch.device("cpu")
+    path = tmp_path / "tf_efficientnet_lite0.in1k.safetensors"
+    for content in (b"cut off", save({"conv_stem.weight": torch.zeros(3)})):
+        path.write_bytes(content)
+        with pytest.raises(ev.UserError, match=f"{path} is damaged or foreign"):
+            networks.Lite(captions, device)
 
 
 def test_dinov2_position_table_is_resampled_as_published():

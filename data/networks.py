@@ -1,10 +1,10 @@
 """The frozen networks that score, encode and decode, and where their weights come from.
 
 Each look at images is a class: `Inception(captions, device)(images uint8 (B, 3, H, W), caption
-rows) -> {name: features}`, and `keeps`: how many rows of the reference's features its metrics need
-beside their moments, or {} where they need no reference. Definitions follow the sources named, to
-the resize: what a metric means is decided here. Not to be edited for a record.
-SPEEDRUN_WEIGHTS=/folder is searched first, by file name (`local_name`).
+rows) -> {name: features}`. `keeps` says how many rows of the reference's features its metrics need
+beside their moments; {}: they need no reference. Definitions follow the sources named, to the
+resize. SPEEDRUN_WEIGHTS=/folder is searched first, by file name (`local_name`).
+Not to be edited for a record. Cap: 500 lines (tested).
 """
 import hashlib
 import logging
@@ -64,9 +64,10 @@ def machine(device) -> str:
     found = re.search(r"model name\s*: (.*)", cpu.read_text() if cpu.exists() else "")
     return f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores"
 
-def progress(iterable, desc: str, **more):
+def progress(iterable, desc: str):
+    """A bar, by one process and only on a terminal."""
     from tqdm import tqdm
-    return tqdm(iterable, desc=desc, ascii=True, disable=None, **more)   # quiet without a terminal
+    return tqdm(iterable, desc=desc, ascii=True, disable=int(os.environ.get("RANK", 0)) > 0 or None)
 
 def sha256_of(path: Path) -> str:
     with open(path, "rb") as f:
@@ -74,7 +75,7 @@ def sha256_of(path: Path) -> str:
 
 def write_atomic(path: Path, write):
     """write(temporary path), sync, rename: the file is whole or not there. Raises UserError."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
