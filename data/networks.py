@@ -269,9 +269,8 @@ class FIDInception(nn.Module):
         for name, block in self.net.named_children():
             if hasattr(block, "branch_pool") and name != "Mixed_7c":
                 block.branch_pool.register_forward_pre_hook(without_padding)
-        last = self.net.Mixed_7c
-        last.register_forward_pre_hook(lambda module, args: self.taps.update(last=args[0]))
-        last.branch_pool.register_forward_pre_hook(
+        self.net.Mixed_7c.register_forward_pre_hook(lambda m, args: self.taps.update(last=args[0]))
+        self.net.Mixed_7c.branch_pool.register_forward_pre_hook(
             lambda module, args: F.max_pool2d(self.taps["last"], 3, 1, 1))
         self.net.Mixed_6d.branch1x1.register_forward_hook(
             lambda module, args, out: self.taps.update(spatial=out[:, :7]))
