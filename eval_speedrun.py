@@ -2,7 +2,7 @@
 
     python eval_speedrun.py logs/<run_id>       results.json, samples.png, curve.png in that folder
       --images 10000                            samples to score: their count is in a metric's name
-      --networks inception lite                 what looks at them: see SCORES
+      --metrics FID KD-lite                     these, and the others of the same networks
       --prompt "a frog"                         only samples of one caption: prompt.png
       --export geneval --prompts FILE           only images for an official tool: see export
     torchrun --nproc_per_node=8 eval_speedrun.py logs/<run_id>      the same numbers on 8 GPUs
@@ -36,8 +36,7 @@ from data.networks import (NETWORKS, Autoencoder, FIDInception, UserError, World
 CONTRACT_SHA256 = "ddedf51b4feab0f345213192516f63a448cbac5b055147b2f0a559ed50c91f33"
 NOISE_SEED = 50_000_000          # image i starts from the noise of seed NOISE_SEED + i
 BATCH = 100                      # images sampled and looked at together
-GRID_ROWS = 8                    # images of each caption in samples.png
-CURVE_IMAGES = 1000              # of every checkpoint, for the curve
+GRID_ROWS, CURVE_IMAGES = 8, 1000    # of each caption in samples.png; of every checkpoint
 IMAGES = dict(cpu=1000, cuda=50_000)                      # of the last one, unless --images says
 CURVE = dict(cifar10=["lite"], imagenet256=["dinov2", "judge"])   # networks of every checkpoint
 FINAL = dict(cifar10=["inception"], imagenet256=["inception", "hps"])    # of the last, on a GPU
@@ -481,7 +480,7 @@ def looks(asked, captions: Captions, track, count: int, world: World) -> tuple:
     for name in NETWORKS:
         try:
             if name not in asked:
-                raise UserError(f"not asked for: --networks {name}")
+                raise UserError(f"not asked for: --metrics {SCORES[name][0][0]}")
             network = NETWORKS[name](captions, world.device)
             real[name], protocol[name] = reference(track, name, network, world)
             networks[name] = network
@@ -669,7 +668,7 @@ def main(argv=None) -> int:
     add = parser.add_argument
     add("run", nargs="?", help="folder of a run: logs/<run_id>")
     add("--images", type=int, default=0, help="samples of the last checkpoint")
-    add("--networks", nargs="+", choices=NETWORKS, help="what looks at the samples")
+    add("--metrics", nargs="+", choices=[m for names, _ in SCORES.values() for m in names])
     add("--prompt", help="only draw samples of this caption")
     add("--export", choices=("geneval", "geneval2", "hpsv3"), help="only images for this tool")
     add("--prompts", type=Path, help="the official prompt file of --export")
@@ -686,7 +685,8 @@ def main(argv=None) -> int:
             print("samples:", draw_prompt(args.run, args.prompt, world) if args.prompt else
                   export(args.run, args.export, args.prompts, world))
             return 0
-        results = evaluate(args.run, world, args.images, args.networks)
+        results = evaluate(args.run, world, args.images, [
+            name for name in SCORES if set(SCORES[name][0]) & set(args.metrics or ())])
     except UserError as e:
         print(f"eval_speedrun.py: {e}", file=sys.stderr)
         return 2
