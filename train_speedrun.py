@@ -163,9 +163,7 @@ POLAR_EXPRESS = (
 
 def orthogonalize(g: Tensor, dtype=torch.bfloat16) -> Tensor:
     """Nearest semi-orthogonal matrix, about: (n, rows, cols) with rows >= cols -> the same.
-
-    All singular values go near 1. Source: Muon (Jordan 2024), with Polar Express coefficients.
-    """
+    All singular values go near 1. Source: Muon (Jordan 2024), with Polar Express coefficients."""
     x = g.to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)   # spectral norm below 1
     for a, b, c in POLAR_EXPRESS:
@@ -581,12 +579,14 @@ class Captions:
             n, width = len(labels), track.text_width
             pooled = f.get_tensor("pooled").float()
             context = f.get_tensor("tokens").float() if tokens else torch.zeros(n, 0, width)
-            found, wanted = (pooled.shape, context.shape), ((n, width), (n, tokens, width))
+            counts = set(np.bincount(labels).tolist())           # captions of a label: all alike
+            found = pooled.shape, context.shape, len(counts)
+            wanted = (n, width), (n, tokens, width), 1
             if found != wanted:
                 raise ValueError(f"text.safetensors holds {found}, not {wanted}")
             self.text = Text(pooled.to(device), context.to(device))
-            of_label = [np.flatnonzero(labels == k) for k in range(labels.max() + 1)]
-            self.of_label = torch.from_numpy(np.stack(of_label)).to(device)   # (classes, captions)
+            of_label = np.argsort(labels, kind="stable").reshape(-1, counts.pop())
+            self.of_label = torch.from_numpy(of_label).to(device)             # (classes, captions)
 
     def pick(self, labels: Tensor, u: Tensor) -> Text:
         """One of each label's captions, by uniform u in [0, 1): (B,), (B,) -> a batch of B."""

@@ -5,6 +5,7 @@
     python data/download.py imagenet256             latents from the hub, captions through CLIP
     python data/download.py imagenet256 --shards 2  only the first 20,000 images: for a trial
     torchrun --nproc_per_node=8 data/download.py imagenet256 --images ILSVRC/train --features
+    python data/download.py imagenet256 --captions captions.jsonl
 
 Writes data/<track>/{train,val}_NNN.safetensors (latents (N, C, H, W), labels (N,) int16),
 text.safetensors (pooled (captions, D) float16) and, last, manifest.json (sha256, bytes and count
@@ -270,6 +271,7 @@ class ZippedLatents:
             self.zip = zipfile.ZipFile(path)
             index = next(n for n in self.zip.namelist() if n.endswith("dataset.json"))
             labels = json.loads(self.zip.read(index))["labels"]
+            self.names = [name for name, _ in labels]
             self.rows = [(index.removesuffix("dataset.json") + n, k) for n, k in labels]
             if not all(k in range(1000) for _, k in self.rows):
                 raise ValueError("a label is not in 0 .. 999")
@@ -362,6 +364,7 @@ class Photos:
                      if file.suffix.lower() in (".jpeg", ".jpg", ".png")]
         if not self.rows:
             raise UserError(f"{folder} holds no class folders of .jpeg, .jpg or .png photos")
+        self.names = [f"{file.parent.name}/{file.name}" for file, _ in self.rows]
         self.source, self.bytes, self.device = f"{len(self.rows)} photos", 0, world.device
         self.autoencoder = Autoencoder(load_weights("autoencoder")).to(world.device)
         self.features = None
@@ -408,12 +411,18 @@ class Photos:
 def imagenet256(folder: Path, args):
     """Writes what is missing of data/imagenet256; the processes of torchrun share the shards."""
     world, request = World(), {k: str(v) for k, v in vars(args).items() if v}
+    if args.captions:
+        if not args.captions.is_file():
+            raise UserError(f"{args.captions} is missing: give a file of captions")
+        request["captions"] = sha256_of(args.captions)
     if all_there(folder, request):
         return world.end()
     rows = Photos(args.images, world) if args.images else ZippedLatents()
     if args.features:
         rows.add_features(folder / "features.safetensors", world)
     total = min(len(rows.rows), args.shards * SHARD or len(rows.rows))
+    captions, labels = (captions_of(args.captions, rows.names[:total]), list(range(total))) \
+        if args.captions else class_captions(args.templates)
     count = -(-total // SHARD)
     held_out = {int(i) for i in np.linspace(0, total - 1, min(HELD_OUT, total // 4)).round()}
     disk = total * (16_384 + 2 + 257 * PCA * args.features)
@@ -425,7 +434,8 @@ def imagenet256(folder: Path, args):
     print(f"{total} images from {rows.source}: {total * rows.bytes / 1e9:.2f} GB to read, "
           f"{disk / 1e9:.2f} GB of disk, {hours:.1f} h at the rate of the first ones", flush=True)
     meta = dict(track="imagenet256", autoencoder="E2E-INVAE f16d32", scale="0.3099",
-                source=f"{rows.source}, the first {total}, {len(held_out)} of them held out")
+                source=f"{rows.source}, the first {total}, {len(held_out)} of them held out",
+                captions=request.get("captions", "of the classes"))
     files = [folder / "features.safetensors"] * args.features
     for k in range(count):
         part = range(k * SHARD, min(total, (k + 1) * SHARD))
@@ -437,12 +447,14 @@ def imagenet256(folder: Path, args):
             parts = [rows.part(part[at:at + 250]) for at in progress(
                 range(0, len(part), 250), f"shard {k + 1} of {count}")]
             tensors = {name: torch.cat([p[name].contiguous() for p in parts]) for name in parts[0]}
+            if args.captions:                                    # a label of its own for each
+                tensors["labels"] = torch.arange(part.start, part.stop, dtype=torch.int32)
             for path, mask in splits.items():
                 write_safetensors(path, {name: x[mask] for name, x in tensors.items()},
                                   meta | dict(count=str(int(mask.sum()))))
     world.wait()
     if world.rank == 0:
-        imagenet_text(folder, args.templates, args.tokens)
+        write_text(folder / "text.safetensors", captions, labels, args.tokens)
         files.append(folder / "text.safetensors")
         write_json(folder / "manifest.json", dict(track="imagenet256", request=request, files={
             path.name: entry_of(path, rows_of(path)) for path in progress(files, "hashing")}))
@@ -464,19 +476,36 @@ def whole(path: Path, meta: dict) -> bool:
         return False
 
 
-def imagenet_text(folder: Path, templates: int, tokens: int):
-    """text.safetensors: each class name alone, then in the first of open_clip's 80 templates."""
+def class_captions(templates: int) -> tuple:
+    """(captions, labels): each class name alone, then in the first of open_clip's 80 templates."""
     import open_clip
     patterns = (str, *open_clip.OPENAI_IMAGENET_TEMPLATES[:templates])
     captions = [p(name) for name in open_clip.IMAGENET_CLASSNAMES for p in patterns]
+    return captions, [i // len(patterns) for i in range(len(captions))]
+
+
+def captions_of(path: Path, names: list) -> list:
+    """The images' captions from JSON lines {"file": "n01440764/x.JPEG", "caption": "..."}."""
+    try:
+        entries = map(json.loads, path.read_text().splitlines())
+        found = {entry["file"]: entry["caption"] for entry in entries}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} is not a file of captions ({type(e).__name__}: {e}); give JSON "
+                        'lines {"file": ..., "caption": ...}')
+    if missing := [name for name in names if name not in found]:
+        raise UserError(f"{path} has no caption for {len(missing)} images, {missing[0]} the first")
+    return [found[name] for name in names]
+
+
+def write_text(path: Path, captions: list, labels: list, tokens: int):
+    """The caption table, through CLIP: pooled (captions, 768), tokens (captions, T, 768) if T."""
     meta = dict(encoder="OpenAI CLIP ViT-L/14, open_clip ViT-L-14-quickgelu", tokens=str(tokens),
-                captions=json.dumps(captions), labels=json.dumps(
-                    [i // len(patterns) for i in range(len(captions))]))
-    if not whole(folder / "text.safetensors", meta):
+                captions=json.dumps(captions), labels=json.dumps(labels))
+    if not whole(path, meta):
         print(f"{len(captions)} captions through CLIP ViT-L/14", flush=True)
         pooled, last = clip_text(captions, 768, tokens)
-        tensors = dict(pooled=pooled.half()) | (dict(tokens=last.half()) if tokens else {})
-        write_safetensors(folder / "text.safetensors", tensors, meta)
+        write_safetensors(path, dict(pooled=pooled.half()) | (
+            dict(tokens=last.half()) if tokens else {}), meta)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -504,6 +533,7 @@ def main(argv=None) -> int:
     add("--shards", type=int, default=0, help="imagenet256: only the first N times 10,000 images")
     add("--images", type=Path, help="imagenet256: a folder of class folders of photos to encode")
     add("--features", action="store_true", help="with --images: DINOv2-B's, too")
+    add("--captions", type=Path, help="imagenet256: a caption of each image, as JSON lines")
     add("--templates", type=int, default=80, help="imagenet256: captions of a class, beside it")
     add("--tokens", type=int, default=0, help="imagenet256: CLIP tokens of each caption to keep")
     args = parser.parse_args(argv)
