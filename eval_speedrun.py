@@ -195,12 +195,12 @@ class Sampler:
             self.autoencoder = Autoencoder(load_weights("autoencoder")).to(device)
         noise = IndexedNoise([0, 1], run.track.shape, device)
         text = captions.text(run, [0, 0], device)
-        with torch.no_grad():
-            with Flops() as one:
-                run.code.velocity(self.model, noise(), torch.full((2,), 0.5, device=device), text)
-            with Flops() as whole:
-                run.code.sample(self.model, noise(), text, noise)
-        self.one, self.nfe_by_flops, self.nfe = one.total / 2, whole.total / one.total, 0.0
+        with torch.no_grad(), Flops() as one:
+            run.code.velocity(self.model, noise(), torch.full((2,), 0.5, device=device), text)
+        with torch.no_grad(), Flops() as whole:
+            run.code.sample(self.model, noise(), text, noise)
+        self.one, self.nfe_by_flops = one.total / 2, whole.total / one.total
+        self.rows, self.nfe = 0, 0.0
         self.refuse(self.nfe_by_flops)
         forward = self.model.forward                             # compiled where it pays
         if count >= 500:

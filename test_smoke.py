@@ -231,6 +231,8 @@ def test_tokens_in_context_and_many_captions(tmp_path, monkeypatch):
     weights = load_file(last_run(folder) / "step_000004.safetensors")
     assert weights["token_mean"].shape == (5, 16) and weights["token_mean"].abs().sum() > 0
     monkeypatch.chdir(folder)
+    table = ts.Captions(TRACK, 5, "cpu")                         # their labels are 0 1 2 3 0 1 ...
+    assert table.of_label.tolist() == [[k, k + 4, k + 8] for k in range(4)]
     assert ev.main([str(last_run(folder)), "--images", "20"]) == 0
 
 
@@ -1543,7 +1545,9 @@ def test_latents_from_the_zip(imagenet, capsys):
     assert download.main(["imagenet256", "--templates", "2", "--tokens", "3"]) == 0
     assert "all there" in capsys.readouterr().out
     times = {p.name: p.stat().st_mtime_ns for p in home.iterdir()}
-    os.truncate(home / "train_001.safetensors", 1000)
+    with open(home / "train_001.safetensors", "r+b") as f:
+        f.seek(-5, os.SEEK_END)
+        f.write(b"bits!")
     assert download.main(["imagenet256", "--templates", "2", "--tokens", "3"]) == 0
     assert "repairing train_001" in capsys.readouterr().out
     assert {p.name: p.read_bytes() for p in home.iterdir()} == before
@@ -1695,6 +1699,8 @@ def test_photos_become_latents_become_pictures(imagenet, monkeypatch, capsys):
     noise = torch.randn(32, 16, 16, generator=torch.Generator().manual_seed(1))
     latent = net.encode(pixels.permute(2, 0, 1)[None] / 127.5 - 1, noise[None])
     torch.testing.assert_close(first["latents"][0].float(), latent[0], rtol=2e-3, atol=2e-3)
+    part = download.Photos(Path("photos"), networks.World()).part(range(1, 3))   # noise by image
+    torch.testing.assert_close(part["latents"][0], first["latents"][0], rtol=2e-3, atol=2e-3)
     shutil.rmtree(home)                                          # the same again, to the bit
     assert download.main(command) == 0
     assert load_file(home / "train_000.safetensors")["latents"].equal(first["latents"])
@@ -1712,6 +1718,11 @@ def test_photos_become_latents_become_pictures(imagenet, monkeypatch, capsys):
     results = ev.evaluate(last_run(imagenet), networks.World(), 10)
     assert results["nfe"] == 4 and results["metrics"]["FDD-10"] is None
     assert results["val_loss"] == pytest.approx(results["checkpoints"][0]["val_loss_logged"], 1e-4)
+    run = ev.load_run(last_run(imagenet))
+    look = ev.Sampler(run, run.checkpoints[-1][0], ev.caption_table(run), torch.device("cpu"), 0)
+    noise, text = ev.IndexedNoise([0], (32, 16, 16), torch.device("cpu")), look.captions.text(run, [0], "cpu")
+    latent = run.code.sample(look.model, noise(), text, noise) / 0.3099
+    assert (ev.to_uint8(net.decode(latent)).int() - look([0]).int()).abs().max() <= 1
     grid = np.asarray(Image.open(last_run(imagenet) / "samples.png"))
     assert 256 < grid.shape[0] < 320 and grid.shape[1] == 10 * 260
     (imagenet / "photos/n00000001/5.JPEG").write_bytes(b"not a photo")
@@ -1728,22 +1739,22 @@ def test_patch_features_survive_their_compression(imagenet, monkeypatch, capsys)
     def tokens(self, images):
         g = torch.Generator().manual_seed(int(images.sum()))
         low = torch.randn(len(images), 257, 64, generator=g) * spread
-        return 1 + low @ basis.T + 0.05 * torch.randn(len(images), 257, 768, generator=g)
+        return 1 + low @ basis.T + 0.2 * torch.randn(len(images), 257, 768, generator=g)
     monkeypatch.setattr(download, "dinov2", lambda *args: None)
     monkeypatch.setattr(download.PatchFeatures, "tokens", tokens)
     features, path = download.PatchFeatures("cpu"), imagenet / "features.safetensors"
     features.fit([torch.full((16, 3, 8, 8), k, dtype=torch.uint8) for k in range(1, 13)], path)
     features.load(path, "cpu")
-    explained = 1 - 704 * 0.05 ** 2 / (spread.square().sum() + 768 * 0.05 ** 2)
+    explained = 1 - 704 * 0.2 ** 2 / (spread.square().sum() + 768 * 0.2 ** 2)
     for found in re.findall(r"explain (\S+) of|, (\S+) of the patches", capsys.readouterr().out):
-        assert float("".join(found)) == pytest.approx(explained.item(), abs=0.01)
+        assert float("".join(found)) == pytest.approx(explained.item(), abs=0.03)
     images = torch.full((4, 3, 8, 8), 77, dtype=torch.uint8)
     kept, wanted, stored = features(images), tokens(None, images), load_file(path)
     assert kept.dtype == torch.int8 and kept.shape == (4, 257, 64)
     for i, kind in enumerate(download.PatchFeatures.KINDS):
         back = stored["mean"][i] + (kept[:, kind] * stored["scale"][i]) @ stored["basis"][i].T
         error = (back - wanted[:, kind]).square().sum() / (wanted[:, kind] - 1).square().sum()
-        assert error < 1.3 * (1 - explained) + 0.01              # and the int8
+        assert error < (0.25, 0.09)[i]                           # of class tokens there are few
 
 
 if __name__ == "__main__":
