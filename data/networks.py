@@ -4,7 +4,7 @@ Each look at images is a class: `Inception(captions, device)(images uint8 (B, 3,
 rows) -> {name: features}`. `keeps` says how many rows of the reference's features its metrics need
 beside their moments; {}: they need no reference. Definitions follow the sources named, to the
 resize. SPEEDRUN_WEIGHTS=/folder is searched first, by file name (`local_name`).
-Not to be edited for a record. Cap: 500 lines (tested).
+Not to be edited for a record. Cap: 570 lines (tested).
 """
 import hashlib
 import logging
@@ -20,11 +20,12 @@ from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 # ---------------------------------------------------------------------------------------------
@@ -405,8 +406,67 @@ def digest(net) -> str:
     return found.hexdigest()[:16]
 
 # ---------------------------------------------------------------------------------------------
-# The autoencoder of imagenet256
+# What imagenet256 is made with: crop, compressed features, autoencoder
 # ---------------------------------------------------------------------------------------------
+
+def center_crop(image, size: int = 256) -> np.ndarray:
+    """ADM's crop: halve by boxes above 2 size, bicubic to `size` at the shorter side, the centre.
+
+    PIL image -> uint8 (size, size, 3). Source: center_crop_arr of arXiv 2105.05233's code.
+    """
+    from PIL import Image
+    while min(image.size) >= 2 * size:
+        image = image.resize(tuple(x // 2 for x in image.size), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize(tuple(round(x * scale) for x in image.size), Image.BICUBIC)
+    pixels = np.asarray(image)
+    y, x = ((n - size) // 2 for n in pixels.shape[:2])
+    return pixels[y:y + size, x:x + size]
+
+PCA = 64                                                         # values kept of a token
+
+class PatchFeatures:
+    """DINOv2-B/14 (arXiv 2304.07193) on 224 pixels, after the norm: the class token, then 16 x 16
+    patches. Kept as int8 in two PCA bases, of class tokens and of patches, fitted on some photos.
+
+    A feature is mean + basis @ (int8 * scale); the three are in features.safetensors.
+    """
+    KINDS = (slice(0, 1), slice(1, None))
+
+    def __init__(self, device):
+        self.net = dinov2("base", "dinov2-b", device)
+
+    def tokens(self, images) -> torch.Tensor:
+        """uint8 (B, 3, 256, 256) -> (B, 257, 768)."""
+        return self.net.forward_features(tensor_bicubic(images, IMAGENET))
+
+    def fit(self, batches, path: Path):
+        """Writes mean (2, 768), basis (2, 768, K), scale (2, K), explained variance (2,)."""
+        found = torch.cat([self.tokens(images).double().cpu() for images in batches])
+        out = dict(mean=[], basis=[], scale=[], explained=[])
+        for kind in self.KINDS:
+            x = found[:, kind].flatten(0, 1)
+            values, vectors = (a.flip(-1) for a in torch.linalg.eigh(x.T.cov()))
+            out["mean"].append(x.mean(0))
+            out["basis"].append(vectors[:, :PCA])
+            out["scale"].append(4 / 127 * values[:PCA].clamp(min=1e-12).sqrt())   # 4 sigma
+            out["explained"].append(values[:PCA].sum() / values.sum())
+        tensors = {name: torch.stack(x).float().contiguous() for name, x in out.items()}
+        write_atomic(path, lambda p: save_file(tensors, p))
+
+    def load(self, path: Path, device):
+        found = load_file(path)
+        self.mean, self.basis, self.scale = (
+            found[name].to(device) for name in ("mean", "basis", "scale"))
+        print(f"{path}: {PCA} int8 values explain {found['explained'][0]:.3f} of the class tokens' "
+              f"variance, {found['explained'][1]:.3f} of the patches'", flush=True)
+
+    def __call__(self, images) -> torch.Tensor:
+        """uint8 (B, 3, 256, 256) -> int8 (B, 257, K), on the CPU."""
+        tokens = self.tokens(images)
+        parts = [(tokens[:, kind] - self.mean[i]) @ self.basis[i] / self.scale[i]
+                 for i, kind in enumerate(self.KINDS)]
+        return torch.cat(parts, dim=1).round().clamp(-127, 127).to(torch.int8).cpu()
 
 class ResBlock(nn.Module):
     def __init__(self, cin: int, cout: int):
