@@ -407,15 +407,15 @@ def reference(track, name: str, network, world: World) -> tuple:
                           {name: network}, world, f"reference: {name}, once")
         out = dict(label=labels)
         for k, rows in network.keeps.items():
-            out[k] = features[k][:rows].clone()
-            out[k + ".mean"], out[k + ".cov"] = moments(features[k].split(1000))
+            out[k] = features[k][:rows].cpu().clone()
+            out[k + ".mean"], out[k + ".cov"] = (m.cpu() for m in moments(features[k].split(1000)))
         if track.dtype != "uint8" and name == "inception":
             adm = np.load(weights("ADM reference"))
             out |= {k + kind: torch.from_numpy(adm[name]) for k, kind, name in (
                 ("pool", ".mean", "mu"), ("pool", ".cov", "sigma"),
                 ("spatial", ".mean", "mu_s"), ("spatial", ".cov", "sigma_s"))}
         if world.rank == 0:
-            write_atomic(path, lambda p: save_file({k: v.cpu() for k, v in out.items()}, p))
+            write_atomic(path, lambda p: save_file(out, p, dict(protocol=json.dumps(protocol))))
             shutil.rmtree(parts)
         world.wait()
     return {k: v.to(world.device) for k, v in load_file(path).items()}, protocol

@@ -675,6 +675,11 @@ def test_every_network_scores_in_one_pass(trained, tmp_path, monkeypatch, every_
     assert all(np.isfinite(v) for v in results["metrics"].values()) and not results["why_null"]
     assert set(results["protocol"]) == set(networks.NETWORKS)
     assert len({p["weights"] for p in results["protocol"].values()}) == 4   # judge and hps: one
+    for name, network in networks.NETWORKS.items():              # references, with their protocol
+        for path in Path("data/tiny").glob(f"reference_{name}_*"):
+            with download.safe_open(path, "pt") as f:
+                assert json.loads(f.metadata()["protocol"]) == results["protocol"][name]
+    assert len(list(Path("data/tiny").glob("reference_*"))) == 3
     # the same features, looked at by hand
     run = ev.load_run(tmp_path / trained.name)
     captions = ev.caption_table(run)
