@@ -106,14 +106,14 @@ def load_model(run: Run, path: Path, device):
 
 def shards(track, split: str):
     """(latents (n, C, H, W) as stored, labels (n,) int64) of each shard. Raises UserError."""
-    paths = sorted(Path("data", track.name).glob(f"{split}_*.safetensors"))
-    for path in paths or [Path("data", track.name, f"{split}_000.safetensors")]:
-        try:
-            tensors = load_file(path)
-            yield tensors["latents"], tensors["labels"].long()
-        except (OSError, SafetensorError, KeyError) as e:
-            raise UserError(f"{path} is not a shard ({e}); "
-                            f"run: python data/download.py {track.name}")
+    path = Path("data", track.name, "manifest.json")             # says what belongs to the data
+    try:
+        for name in sorted(json.loads(path.read_text())["files"]):
+            if name.startswith(split + "_"):
+                tensors = load_file(path := path.with_name(name))
+                yield tensors["latents"], tensors["labels"].long()
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} is damaged ({e}); run: python data/download.py {track.name}")
 
 @dataclass
 class Captions:
@@ -501,7 +501,7 @@ def evaluate(folder, world: World, count: int = 0, asked: list = None) -> dict:
         noise_seed=NOISE_SEED, images=few, **{name: protocol[name] for name in curve})
     referee = key_of(*(sha256_of(Path(__file__).parent / f)
                        for f in ("eval_speedrun.py", "data/networks.py")))
-    points, fake, ceiling, work = [], {}, {}, run.folder / "evaluation"
+    points, fake, ceiling, work, nfe = [], {}, {}, run.folder / "evaluation", 0.0
     caption = captions.balanced(max(captions.labels) + 1)        # each label's first
     if curve and track.dtype == "uint8":
         images, labels, _ = real_images(track, "val")
@@ -521,7 +521,7 @@ def evaluate(folder, world: World, count: int = 0, asked: list = None) -> dict:
             fake = stream(work / key_of(sha256_of(path), referee, rules, protocol, [*look]), n,
                           lambda a, b: (sampler(rows[a:b], a), rows[a:b]), look, world,
                           f"samples of step {meta['step']}")
-            points[-1]["metrics"] = scores(curve, real, fake, few)
+            points[-1]["metrics"], nfe = scores(curve, real, fake, few), max(nfe, sampler.nfe)
     rest = [name for name in networks if name not in curve or count > few]
     metrics = points[-1]["metrics"] | scores(rest, real, fake, count)
     sampler, columns = Sampler(run, path, captions, device, 0), min(len(caption), 10)
@@ -532,7 +532,7 @@ def evaluate(folder, world: World, count: int = 0, asked: list = None) -> dict:
         code_sha256=run.code_sha256, val_loss=points[-1]["val_loss"],
         metrics=metrics | dict.fromkeys(why_null), why_null=why_null, real=ceiling,
         images=points[-1]["images"], train_seconds=points[-1]["seconds"],
-        nfe=sampler.nfe, nfe_by_flops=sampler.nfe_by_flops, max_nfe=track.max_nfe,
+        nfe=max(nfe, sampler.nfe), nfe_by_flops=sampler.nfe_by_flops, max_nfe=track.max_nfe,
         parameters=sum(p.numel() for p in model.parameters()), checkpoints=points, rules=rules,
         protocol=protocol, referee_sha256=referee, processes=world.size, machine=machine(device),
         torch=torch.__version__, evaluation_seconds=time.perf_counter() - began)

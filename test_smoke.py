@@ -693,6 +693,31 @@ def test_every_network_scores_in_one_pass(trained, tmp_path, monkeypatch, every_
     assert not (run.folder / "evaluation").exists()
 
 
+def test_nfe_is_the_most_of_all_images(trained, tmp_path, monkeypatch):
+    """Also where the images of the grid took fewer."""
+    write_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    honest = ev.Sampler.__call__
+
+    def spendthrift(self, rows, at=0):
+        images = honest(self, rows, at)
+        self.nfe += 3 * (len(rows) == 20)
+        return images
+    monkeypatch.setattr(ev.Sampler, "__call__", spendthrift)
+    assert evaluate(trained, tmp_path, 20)["nfe"] == 23
+
+
+def test_referee_reads_what_the_manifest_lists(tmp_path, monkeypatch):
+    write_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    home = tmp_path / "data" / "tiny"
+    shutil.copy(home / "train_000.safetensors", home / "train_002.safetensors")   # left over
+    assert [len(x) for x, _ in ev.shards(TRACK, "train")] == [64, 32]
+    os.truncate(home / "train_001.safetensors", 900)
+    with pytest.raises(ev.UserError, match="train_001.*run: python data/download.py tiny"):
+        list(ev.shards(TRACK, "train"))
+
+
 def test_grids_of_two_records_can_be_laid_side_by_side(trained, tmp_path, monkeypatch):
     """The same captions in the same places, each image from the noise of its place."""
     drawn = []
@@ -1725,11 +1750,34 @@ def test_photos_become_latents_become_pictures(imagenet, monkeypatch, capsys):
     assert results["val_loss"] == pytest.approx(results["checkpoints"][0]["val_loss_logged"], 1e-4)
     run = ev.load_run(last_run(imagenet))
     look = ev.Sampler(run, run.checkpoints[-1][0], ev.caption_table(run), torch.device("cpu"), 0)
-    noise, text = ev.IndexedNoise([0], (32, 16, 16), torch.device("cpu")), look.captions.text(run, [0], "cpu")
+    noise = ev.IndexedNoise([0], (32, 16, 16), torch.device("cpu"))
+    text = look.captions.text(run, [0], "cpu")
     latent = run.code.sample(look.model, noise(), text, noise) / 0.3099
     assert (ev.to_uint8(net.decode(latent)).int() - look([0]).int()).abs().max() <= 1
     grid = np.asarray(Image.open(last_run(imagenet) / "samples.png"))
     assert 256 < grid.shape[0] < 320 and grid.shape[1] == 10 * 260
+    # features, asked for later, come into the shards that stand
+    class Features:
+        def __init__(self, device):
+            pass
+
+        def fit(self, batches, path):
+            save_file(dict(mean=torch.zeros(1)), path)
+
+        def load(self, path, device):
+            pass
+
+        def __call__(self, images):
+            return torch.zeros(len(images), 257, 64, dtype=torch.int8)
+    monkeypatch.setattr(download, "PatchFeatures", Features)
+    assert download.main([*command, "--features"]) == 0
+    assert load_file(home / "train_000.safetensors")["features"].shape == (9, 257, 64)
+    photos = imagenet / "photos/n00000000"                       # as many photos, one of them new
+    photos.joinpath("0.JPEG").unlink()
+    shutil.copy(photos / "1.JPEG", photos / "0_new.JPEG")
+    old = load_file(home / "val_000.safetensors")["latents"]     # the first is held out
+    assert download.main([*command, "--features", "--tokens", "1"]) == 0   # so that it looks again
+    assert not load_file(home / "val_000.safetensors")["latents"][0].equal(old[0])
     (imagenet / "photos/n00000001/5.JPEG").write_bytes(b"not a photo")
     shutil.rmtree(home)
     assert download.main(command) == 2 and "5.JPEG is not a photo" in capsys.readouterr().err

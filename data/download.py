@@ -341,7 +341,8 @@ def imagenet256(folder: Path, args):
           f"{disk / 1e9:.2f} GB of disk, {hours:.1f} h at the rate of the first ones", flush=True)
     meta = dict(track="imagenet256", autoencoder="E2E-INVAE f16d32", scale="0.3099",
                 source=f"{rows.source}, the first {total}, {len(held_out)} of them held out",
-                captions=request.get("captions", "of the classes"))
+                names=hashlib.sha256("\n".join(rows.names).encode()).hexdigest(),
+                captions=request.get("captions", "of the classes"), features=str(args.features))
     files, counts = [folder / "features.safetensors"] * args.features, {}
     for k in range(count):
         part = range(k * SHARD, min(total, (k + 1) * SHARD))
@@ -376,6 +377,10 @@ def whole(path: Path, meta: dict) -> bool:
     except (OSError, SafetensorError):
         return False
 
+# ---------------------------------------------------------------------------------------------
+# Captions
+# ---------------------------------------------------------------------------------------------
+
 def class_captions(templates: int) -> tuple:
     """(captions, labels): each class name alone, then in the first of open_clip's 80 templates."""
     import open_clip
@@ -404,10 +409,6 @@ def write_text(path: Path, captions: list, labels: list, tokens: int):
         pooled, last = clip_text(captions, 768, tokens)
         write_safetensors(path, dict(pooled=pooled.half()) | (
             dict(tokens=last.half()) if tokens else {}), meta)
-
-# ---------------------------------------------------------------------------------------------
-# Captions
-# ---------------------------------------------------------------------------------------------
 
 def check_text():
     """Recomputes data/cifar10_text.safetensors with open_clip and compares. Needs the hub."""

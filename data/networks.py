@@ -386,7 +386,7 @@ class Lite:
         self.labels = torch.tensor(captions.labels, device=device)
 
     def __call__(self, images, rows):
-        parts = images.split(25 if images.device.type == "cpu" else 250)  # a CPU's cache: 2.5x
+        parts = images.split(25 if images.device.type == "cpu" else 250)  # small: a CPU's cache
         return dict(lite=torch.cat([self.look(x) for x in parts]), label=self.labels[rows])
 
     def look(self, images):
