@@ -7,16 +7,12 @@
 
 Everything else is edited in this file: it is copied whole into its own log, and the copy is what
 the referee imports. A racer may change all of it but the contract. The referee uses five names:
-CONFIGS, Text, load_checkpoint(path), velocity(model, x, t, text) and sample(model, noise, text,
-fresh).
+CONFIGS, Text, load_checkpoint(path), velocity(model, x, t, text), sample(model, noise, text, fresh)
 
-Clock  In: from the fetch of the first batch on, every table derived from the data, forward,
-       backward, optimizer, EMA, the logged lines, the final swap of the EMA into the model.
-       Out: process start, compilation and warm-up on random data, validation, checkpoint writes.
-Sizes  B images, C x H x W latent, N = (H/patch)(W/patch) tokens, D width, T caption tokens.
-Cap    1,000 lines (tested). Sections: contract, hyperparameters, optimizer, model, objective and
-       sampler, data, distributed/log/clock, main.
-"""
+Clock  In: all from the fetch of the first batch on: tables derived from the data, steps, log lines.
+       Out: process start, compilation and warm-up on noise, validation, checkpoint writes.
+Sizes  B images, C x H x W latent, N = (H/patch)(W/patch) patches, D width, T caption tokens.
+Cap    1,000 lines (tested)."""
 import copy, gc, hashlib, json, math, os, platform, re, resource, signal, sys, time  # noqa: E401
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,7 +20,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -83,6 +79,10 @@ class Config:
     head_dim: int = 64
     mlp_ratio: int = 4
     text_tokens: int = 0           # T: CLIP tokens put in context, 0 = pooled text alone
+    route_keep: float = 1.0        # share of the patches in the middle blocks; 1 = no routing
+    route_dense: int = 2           # blocks before and after them that see all tokens
+    path_drop: float = 0.05        # share of images trained without the middle blocks
+    dense_tail: float = 0.0        # share of the run, at its end, trained without routing
     # length, in images and steps
     batch_size: int = 256          # global: the same for any number of processes
     micro_batch: int = 0           # images per forward on one device; 0 = all of its slice
@@ -102,13 +102,17 @@ class Config:
     caption_drop: float = 0.1      # share of images trained on the null caption, for guidance
     flip: bool = False             # mirror half of the images (pixels, not latents)
     t_shift: float = 1.0           # of the uniform training t: more noise where > 1
+    cfm: float = 0.0               # weight of contrastive flow matching
+    reg: float = 0.0               # weight of the class token's velocity (REG); 0 = no such token
+    repa: float = 0.0              # weight of the alignment with DINOv2-B's features (REPA) ...
+    repa_layers: tuple = ()        # ... of the states after these blocks
     # sampler
     sampler: str = "euler"         # or "sde": Euler-Maruyama (SiT, arXiv 2401.08740)
     sample_steps: int = 50
     guidance: float = 1.0          # 1 = off, and then a step costs one evaluation instead of two
     guidance_interval: tuple = (0.0, 1.0)  # of t (Kynkaanniemi et al., arXiv 2404.07724)
     sample_shift: float = 1.0      # time shift of the sampling grid
-    last_step: float = 0.0         # size of the sde's final, noise-free step; 0 = as the others
+    last_step: float = 0.0         # final step, before the shift; 0 = as the others
     # numerics
     bf16: bool = True              # autocast over fp32 weights; Newton-Schulz in bf16 too
     compile: bool = True           # False: plain eager PyTorch, for debugging
@@ -121,20 +125,23 @@ CONFIGS = {
         track="cifar10", patch=4, width=192, depth=4, flip=True,
         batch_size=64, steps=2400, muon_lr=0.025, adamw_lr=2e-3, cooldown=1.0,
         sample_steps=30, guidance=6.0, guidance_interval=(0.2, 0.85), sample_shift=2.0),
-    "imagenet256": Config(         # SiT-B/1 on 8 GPUs
+    "imagenet256": Config(         # SiT-B/1 on 8 GPUs; SR-DiT (arXiv 2512.12386) with Muon
         track="imagenet256", patch=1, width=768, depth=12,
-        batch_size=256, steps=400_000, evals=6, save_every=10_000, muon_lr=1e-3, adamw_lr=1e-4,
+        route_keep=0.25, dense_tail=0.05, cfm=0.05, reg=0.03, repa=0.5, repa_layers=(2, 4, 6),
+        batch_size=256, steps=300_000, evals=6, save_every=10_000,
+        muon_lr=1e-3, adamw_lr=1e-4, cooldown=0.3, ema_decay=0.9995,
         sigma_data=1.0,            # what the contract's scale is for
-        t_shift=math.sqrt(32 * 16 * 16 / 4096), sample_shift=math.sqrt(32 * 16 * 16 / 4096)),
+        t_shift=math.sqrt(32 * 16 * 16 / 4096), sample_shift=math.sqrt(32 * 16 * 16 / 4096),
+        sampler="sde", sample_steps=100, last_step=0.04),
 }
 
-def images_per_forward(cfg: Config, world, total: int) -> int:
+def images_per_forward(cfg: Config, world_size: int, total: int) -> int:
     """The largest equal parts, up to micro_batch, in which a process does its share of `total`."""
-    return math.gcd(total // world.size, cfg.micro_batch or cfg.batch_size // world.size)
+    return math.gcd(total // world_size, cfg.micro_batch or cfg.batch_size // world_size)
 
-def check_config(cfg: Config, world):
+def check_config(cfg: Config, W: int):
     """Refuses what cannot be trained, before any work. AssertionError with the values."""
-    track, W, local = TRACKS[cfg.track], world.size, cfg.batch_size // world.size
+    track = TRACKS[cfg.track]
     assert track.shape[1] % cfg.patch == track.shape[2] % cfg.patch == 0, (
         f"patch {cfg.patch} does not divide {track.shape}")
     assert cfg.width % cfg.head_dim == cfg.head_dim % 4 == 0, (
@@ -142,24 +149,25 @@ def check_config(cfg: Config, world):
     assert cfg.batch_size % W == track.val_images % W == 0, (
         f"world size {W} does not divide batch_size {cfg.batch_size} and the {track.val_images} "
         "validation images: start another number of processes")
-    assert local % (cfg.micro_batch or local) == 0, (
-        f"micro_batch {cfg.micro_batch} does not divide the {local} images of a process")
     assert 1 <= cfg.evals <= cfg.steps, f"evals {cfg.evals} is not in 1 .. steps {cfg.steps}"
     assert cfg.sampler in ("euler", "sde"), f"sampler {cfg.sampler!r} is neither euler nor sde"
+    assert cfg.route_keep == 1 or 0 < 2 * cfg.route_dense < cfg.depth, (
+        f"route_dense {cfg.route_dense}, twice, leaves no middle of depth {cfg.depth}")
+    assert not cfg.cfm or images_per_forward(cfg, W, cfg.batch_size) % 2 == 0, (
+        "cfm pairs images: give each forward an even number of them")
+    assert set(cfg.repa_layers) <= set(range(1, cfg.depth + 1)), (
+        f"repa_layers {cfg.repa_layers} are not in 1 .. depth {cfg.depth}")
+    assert not cfg.repa_layers or math.prod(track.shape[1:]) == PATCHES * cfg.patch ** 2, (
+        f"alignment needs one token for each of the {PATCHES} patches that DINOv2 saw")
     assert sampling_nfe(cfg) <= track.max_nfe, (
         f"sample takes {sampling_nfe(cfg)} network evaluations an image, more than {track.max_nfe}")
 
-# ---------------------------------------------------------------------------------------------
-# Optimizer: Muon on the block matrices, AdamW on the rest
-# ---------------------------------------------------------------------------------------------
+# ----- Optimizer: Muon on the block matrices, AdamW on the rest -----------------------------------
 
 # Polar Express (arXiv 2505.16932): the optimal composition of odd quintics, 5 steps, safety 2e-2
-POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
+POLAR_EXPRESS = ((8.15655452, -22.48329293, 15.87876992), (4.04292994, -2.80891747, 0.50001785),
+                 (3.89166780, -2.77248415, 0.50606482), (3.28575366, -2.36812949, 0.46449024),
+                 (2.34654133, -1.70978284, 0.42323551))
 
 def orthogonalize(g: Tensor, dtype=torch.bfloat16) -> Tensor:
     """Nearest semi-orthogonal matrix, about: (n, rows, cols) with rows >= cols -> the same.
@@ -178,103 +186,83 @@ def muon_update(grad: Tensor, momentum: Tensor, beta: float, dtype) -> Tensor:
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized per matrix (Jordan 2024), sharded over the processes of `world`.
-
-    params: (out, in) matrices; a group's `split` says how many matrices its members hold below
-    each other (3 for a fused QKV). Matrices of one shape, transposed where wide, form a bucket
-    (n, rows, cols); each process reduces, keeps the momentum of and orthogonalizes n / W of them.
-
-    Traffic a step and process with ring collectives, for P parameters and W processes:
-    reduce-scatter 4P(W-1)/W bytes of fp32 gradients, all-gather 2P(W-1)/W bytes of bf16 updates
-    (4P in fp32): 297 and 149 MB for the 85M of imagenet256 on 8. All reductions start at once; a
-    bucket is orthogonalized while the reductions behind it and the gathers before it are on their
-    way. Gradients are SUMs: the loss is scaled.
-    """
-
+    params: (out, in), or several of one shape (k, out, in). Matrices of one shape, transposed where
+    wide, form a bucket (n, rows, cols); each process reduces, keeps the momentum of and updates
+    n / W of them, while the next are on their way. Traffic a step and process, P parameters:
+    reduce-scatter 4P(W-1)/W bytes of fp32 gradients, all-gather 2P(W-1)/W of bf16 updates."""
     def __init__(self, params, lr, momentum, dtype, world, update=muon_update):
-        super().__init__(params, dict(lr=lr, momentum=momentum, split=1))
+        super().__init__(params, dict(lr=lr, momentum=momentum))
         self.world, self.dtype, self.update = world, dtype, update
         self.buckets, self.momentum = {}, {}                     # by shape, rows >= cols
-        for group in self.param_groups:
-            for p in group["params"]:
-                shape = (p.shape[0] // group["split"], p.shape[1])
-                self.buckets.setdefault(tuple(sorted(shape, reverse=True)), []).append((group, p))
-        for shape, members in self.buckets.items():
-            local = -(-sum(g["split"] for g, _ in members) // world.size)   # padded: equal shards
-            self.momentum[shape] = torch.zeros(local, *shape, device=world.device)
-
+        for p in self.param_groups[0]["params"]:
+            self.buckets.setdefault(tuple(sorted(p.shape[-2:], reverse=True)), []).append(p)
+        for (rows, cols), members in self.buckets.items():
+            local = -(-sum(p.numel() for p in members) // (rows * cols * world.size))   # padded
+            self.momentum[rows, cols] = torch.zeros(local, rows, cols, device=world.device)
     @torch.no_grad()
     def step(self):
-        grads, updates = [], []
+        group, grads, updates = self.param_groups[0], [], []
         for shape, members in self.buckets.items():
-            mats = [p.grad.view(g["split"], -1, p.shape[1]) for g, p in members]
-            mats = torch.cat([m if m.shape[1] >= m.shape[2] else m.mT for m in mats])
+            mats = [p.grad if p.shape[-2] >= p.shape[-1] else p.grad.mT for p in members]
+            mats = torch.cat([m.reshape(-1, *shape) for m in mats])
             padding = len(self.momentum[shape]) * self.world.size - len(mats)
             grads.append(self.world.reduce_scatter(F.pad(mats, (0, 0, 0, 0, 0, padding))))
-        for (shape, members), (grad, wait) in zip(self.buckets.items(), grads):
+        for momentum, (grad, wait) in zip(self.momentum.values(), grads):
             wait()
-            beta = members[0][0]["momentum"]
-            updates.append(self.world.all_gather(
-                self.update(grad, self.momentum[shape], beta, self.dtype)))
+            update = self.update(grad, momentum, group["momentum"], self.dtype)
+            updates.append(self.world.all_gather(update))
         for members, (update, wait) in zip(self.buckets.values(), updates):
             wait()
-            for group, p in members:
-                u, update = update[:group["split"]], update[group["split"]:]
-                rows, cols = p.shape[0] // group["split"], p.shape[1]
+            for p in members:
+                *_, rows, cols = p.shape
+                u, update = update.tensor_split([p.numel() // (rows * cols)])
                 u = (u if rows >= cols else u.mT).reshape(p.shape)
                 p.add_(u, alpha=-group["lr"] * max(1, rows / cols) ** 0.5)   # Keller's scaling
-
     def state_dict(self) -> dict:
         """Momentum of all matrices, the same for any number of processes. Collective."""
         out = {}
         for shape, members in self.buckets.items():
             full, wait = self.world.all_gather(self.momentum[shape])
             wait()
-            out[shape] = full[:sum(g["split"] for g, _ in members)]
+            out[shape] = full[:sum(p.numel() for p in members) // math.prod(shape)]
         return out
-
     def load_state_dict(self, state: dict):
         for shape, shard in self.momentum.items():
             mine = state[shape][self.world.rank * len(shard):][:len(shard)]
             shard.zero_()[:len(mine)].copy_(mine)                # the rest is padding
 
-# Every parameter, by its name without "blocks.N.": (initialisation, optimizer). A new one goes
-# here, into its module and into the forward; a name without a rule raises.
-RULES = {
-    "embed.weight": ("fan_in", "adamw"), "embed.bias": ("zero", "adamw"),
-    "position": ("small", "adamw"), "value_mix": ("half", "adamw"),
-    "time_in.weight": ("fan_in", "adamw"), "time_in.bias": ("zero", "adamw"),
-    "time_out.weight": ("fan_in", "adamw"), "time_out.bias": ("zero", "adamw"),
-    "pooled_in.weight": ("fan_in", "adamw"), "tokens_in.weight": ("fan_in", "adamw"),
-    "modulation.weight": ("zero", "adamw"), "modulation.bias": ("zero", "adamw"),  # adaLN-zero
-    "qkv.weight": ("fan_in", "muon_qkv"), "proj.weight": ("fan_in", "muon"),
-    "up.weight": ("fan_in", "muon"), "down.weight": ("fan_in", "muon"),
-    "head.weight": ("zero", "adamw"), "head.bias": ("zero", "adamw"),
-}
+# Every parameter, by its name without numbers: (initialisation, optimizer). A new one goes here,
+# into its module and into the forward; a name without a rule raises.
+RULES = {name: how for how, names in {
+    ("fan_in", "muon"): "blocks.qkv blocks.proj blocks.up blocks.down fuse",
+    ("fan_in", "adamw"): "embed.weight time_in.weight time_out.weight pooled_in.weight "
+                         "tokens_in.weight class_in.weight projectors.weight",
+    ("zero", "adamw"): "embed.bias time_in.bias time_out.bias class_in.bias mask_token "
+                       "modulation.weight modulation.bias "                        # adaLN-zero
+                       "head.weight head.bias class_head.weight class_head.bias",
+    ("small", "adamw"): "position", ("half", "adamw"): "value_mix",
+}.items() for name in names.split()}
 
 def rule(name: str) -> tuple:
     """(initialisation, optimizer) of a parameter. Raises ValueError for an unknown name."""
-    leaf = re.sub(r"^blocks\.\d+\.", "", name)
-    if leaf not in RULES:
-        raise ValueError(f"parameter {name} has no rule: give {leaf} one in RULES")
-    return RULES[leaf]
+    if (key := re.sub(r"\.\d+\b", "", name)) not in RULES:
+        raise ValueError(f"parameter {name} has no rule: give {key} one in RULES")
+    return RULES[key]
 
 def make_optimizers(model: nn.Module, cfg: "Config", world) -> list:
     """[Muon, AdamW], or [AdamW] where cfg.muon_lr is 0; together they train each parameter once."""
-    groups, optimizers = dict(muon_qkv=[], muon=[], adamw=[]), []
+    groups = dict(muon=[], adamw=[])
     for name, p in model.named_parameters():
         groups[rule(name)[1] if cfg.muon_lr else "adamw"].append(p)
+    optimizers = [torch.optim.AdamW([dict(params=groups["adamw"], peak_lr=cfg.adamw_lr)],
+                                    cfg.adamw_lr, cfg.adamw_betas, weight_decay=0, fused=True)]
     if cfg.muon_lr:
-        optimizers.append(Muon(
-            [dict(params=groups["muon_qkv"], split=3), dict(params=groups["muon"])],
-            cfg.muon_lr, cfg.muon_momentum, torch.bfloat16 if cfg.bf16 else torch.float32, world,
+        optimizers.insert(0, Muon(
+            [dict(params=groups["muon"], peak_lr=cfg.muon_lr)], cfg.muon_lr, cfg.muon_momentum,
+            torch.bfloat16 if cfg.bf16 else torch.float32, world,
             torch.compile(muon_update, dynamic=False) if cfg.compile else muon_update))
-    optimizers.append(torch.optim.AdamW(groups["adamw"], cfg.adamw_lr, cfg.adamw_betas,
-                                        weight_decay=0.0, fused=True))
     trained = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
     assert sorted(map(id, trained)) == sorted(map(id, model.parameters())), "not each exactly once"
-    for opt in optimizers:
-        for group in opt.param_groups:
-            group["peak_lr"] = group["lr"]
     return optimizers
 
 def lr_schedule(progress: float, warmup: float, cooldown: float) -> float:
@@ -285,25 +273,38 @@ def ema_decay(step: int, limit: float) -> float:
     """EMA decay after update number `step` (from 0): warmed up, to forget the initial weights."""
     return min(limit, (1 + step) / (10 + step))
 
-# ---------------------------------------------------------------------------------------------
-# Model: a diffusion transformer (DiT, arXiv 2212.09748) on a pixel or latent grid
-# ---------------------------------------------------------------------------------------------
+# ----- Model: a diffusion transformer (DiT, arXiv 2212.09748) on a pixel or latent grid -----------
 
 class Text(NamedTuple):
     """A batch of captions as CLIP gives them, not normalised. Without token context T is 0."""
     pooled: Tensor    # (B, text_width)
     tokens: Tensor    # (B, T, text_width)
 
+class Batch(NamedTuple):
+    """One step's images and all that was drawn for them; unused parts have no columns."""
+    x: Tensor         # (B, M), in the model's scale: see Transformer
+    noise: Tensor     # (B, M)
+    t: Tensor         # (B,)
+    pooled: Tensor    # (B, text_width)
+    tokens: Tensor    # (B, T, text_width)
+    keep: Tensor      # (B, K) tokens that enter the middle blocks, int64; K = 0: all
+    skip: Tensor      # (B,) bool: images that do not enter them
+    features: Tensor  # (B, 1 + PATCHES, PCA): of DINOv2, class token and patches, centred
+
+PATCHES, PCA = 256, 64  # DINOv2-B's patches of an image, and the principal components kept of each
+
 def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],))
 
-def rope_table(rows: int, cols: int, head_dim: int, context: int = 0):
-    """cos, sin (1, 1, context + N, head_dim / 2) of axial 2-D RoPE; context tokens do not turn.
+def take(x: Tensor, keep: Tensor, dim: int = 1) -> Tensor:
+    """Tokens keep (B, K) of x, which has them along `dim`: (B, ..., N, D) -> (B, ..., K, D)."""
+    index = keep.view(len(keep), *[1] * (dim - 1), -1, 1)
+    return x.gather(dim, index.expand(*x.shape[:dim], -1, x.shape[-1]))
 
-    The first half of the angles turns with the row, the second with the column. Wavelengths from
-    2 pi to 2 pi * 100 tokens: the grid has 8 to 16 a side. Source: RoFormer (arXiv 2104.09864).
-    """
-    freqs = 100.0 ** -(torch.arange(head_dim // 4) / (head_dim // 4))
+def rope_table(rows: int, cols: int, head_dim: int, context: int = 0):
+    """cos, sin (1, 1, context + N, head_dim / 2) of axial 2-D RoPE (RoFormer, arXiv 2104.09864):
+    half of the angles turns with the row, half with the column, none of the context tokens'."""
+    freqs = 100.0 ** -(torch.arange(head_dim // 4) / (head_dim // 4))   # for 8 to 16 a side
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
     angles = torch.cat([y.reshape(-1, 1) * freqs, x.reshape(-1, 1) * freqs], dim=1)  # (N, d/2)
     angles = torch.cat([torch.zeros(context, head_dim // 2), angles])
@@ -322,41 +323,49 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 class Block(nn.Module):
     """Attention and MLP, both behind adaLN-zero. (B, N, D) -> (B, N, D)."""
-
-    def __init__(self, width: int, head_dim: int, mlp_ratio: int):
+    def __init__(self, D: int, head_dim: int, mlp_ratio: int):
         super().__init__()
         self.head_dim = head_dim
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width, bias=False)
-        self.up = nn.Linear(width, mlp_ratio * width, bias=False)
-        self.down = nn.Linear(mlp_ratio * width, width, bias=False)
-
+        self.qkv, self.proj, self.up, self.down = (nn.Parameter(torch.empty(shape)) for shape in (
+            (3, D, D), (D, D), (mlp_ratio * D, D), (D, mlp_ratio * D)))        # (..., out, in)
     def forward(self, x, rope, modulation, first_values, value_mix):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation               # each (B, 1, D)
         h = rms_norm(x) * (1 + scale1) + shift1
         B, N, D = h.shape
-        qkv = self.qkv(h).view(B, N, 3, D // self.head_dim, self.head_dim)
+        qkv = F.linear(h, self.qkv.flatten(0, 1)).view(B, N, 3, -1, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)                          # (B, heads, N, hd)
         first_values = v if first_values is None else first_values
         v = torch.lerp(v, first_values, value_mix.to(v.dtype))  # value residual: arXiv 2410.17897
         q, k = rotate(rms_norm(q), *rope), rotate(rms_norm(k), *rope)           # QK-norm
-        h = attend(q.to(v.dtype), k.to(v.dtype), v)
-        x = x + gate1 * self.proj(h.transpose(1, 2).reshape(B, N, D))
-        h = rms_norm(x) * (1 + scale2) + shift2
-        return x + gate2 * self.down(F.relu(self.up(h)).square()), first_values  # Primer: relu^2
+        h = attend(q.to(v.dtype), k.to(v.dtype), v).transpose(1, 2).reshape(B, N, D)
+        x = x + gate1 * F.linear(h, self.proj)
+        h = F.linear(rms_norm(x) * (1 + scale2) + shift2, self.up)
+        return x + gate2 * F.linear(F.relu(h).square(), self.down), first_values    # Primer: relu^2
+
+def projector(width: int, hidden: int = 2048) -> nn.Module:
+    """REPA's MLP from a block's states to DINOv2's components: (..., D) -> (..., PCA)."""
+    sizes = (width, hidden), (hidden, hidden), (hidden, PCA)
+    layers = [m for a, b in sizes for m in (nn.Linear(a, b, bias=False), nn.SiLU())]
+    return nn.Sequential(*layers[:-1])
+
+def precondition(x: Tensor, t: Tensor, s: float):
+    """(skip, out, input): velocity = skip + out * network(input). EDM, arXiv 2206.00364, eq. 7, for
+    velocities: the best linear guess from x_t comes for free, the network sees unit variance."""
+    if not s:
+        return 0.0, 1.0, x
+    var = ((1 - t) * s) ** 2 + t ** 2                                           # of x_t
+    return (t - (1 - t) * s * s) / var * x, s * var.rsqrt(), x * var.rsqrt()
 
 class Transformer(nn.Module):
-    """Velocity network: (B, C, H, W) at times (B,) under a caption -> (B, C, H, W), float32."""
-
+    """Velocity network: (B, M) at times (B,) under a caption -> (B, M), float32. A row is an image
+    and, with REG (arXiv 2507.01467), DINOv2's class token beside it: M = CHW + PCA. With routing
+    (SPRINT, arXiv 2510.21986) the middle blocks see some of the patches, the outer blocks all."""
     def __init__(self, cfg: Config, track: Track):
         super().__init__()
-        c, h, w = track.shape
-        D, p = cfg.width, cfg.patch
-        self.cfg, self.track = cfg, track
+        (c, h, w), D, p, self.cfg, self.track = track.shape, cfg.width, cfg.patch, cfg, track
         self.embed = nn.Linear(c * p * p, D)
         self.position = nn.Parameter(torch.empty(h * w // p ** 2, D))
-        self.time_in = nn.Linear(256, D)
-        self.time_out = nn.Linear(D, D)
+        self.time_in, self.time_out = nn.Linear(256, D), nn.Linear(D, D)
         self.pooled_in = nn.Linear(track.text_width, D, bias=False)
         if cfg.text_tokens:
             self.tokens_in = nn.Linear(track.text_width, D, bias=False)
@@ -365,15 +374,20 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(
             Block(D, cfg.head_dim, cfg.mlp_ratio) for _ in range(cfg.depth))
         self.head = nn.Linear(D, c * p * p)
-        cos, sin = rope_table(h // p, w // p, cfg.head_dim, cfg.text_tokens)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        if cfg.route_keep < 1:
+            self.mask_token = nn.Parameter(torch.empty(D))
+            self.fuse = nn.Parameter(torch.empty(D, 2 * D))
+        if cfg.reg:
+            self.class_in, self.class_head = nn.Linear(PCA, D), nn.Linear(D, PCA)
+        self.projectors = nn.ModuleList(projector(D) for _ in cfg.repa_layers)
+        self.context, self.extra = cfg.text_tokens + bool(cfg.reg), PCA * bool(cfg.reg)
+        for name, x in zip(("cos", "sin"), rope_table(h // p, w // p, cfg.head_dim, self.context)):
+            self.register_buffer(name, x, persistent=False)
         # CLIP embeddings of class captions lie close together: centred and scaled by the table's
         self.register_buffer("text_mean", torch.zeros(track.text_width))
         self.register_buffer("text_std", torch.ones(()))
         self.register_buffer("token_mean", torch.zeros(cfg.text_tokens, track.text_width))
         self.register_buffer("token_std", torch.ones(()))
-
     @torch.no_grad()
     def init_weights(self, seed: int):
         """By RULES, on the CPU, from `seed`: the same on every process and device."""
@@ -382,60 +396,84 @@ class Transformer(nn.Module):
             kind = rule(name)[0]
             std = dict(zero=0.0, half=0.0, small=0.02, fan_in=p.shape[-1:].numel() ** -0.5)[kind]
             p.copy_(std * torch.randn(p.shape, generator=g) + 0.5 * (kind == "half"))
-
     @torch.no_grad()
     def set_text(self, table: Text):
         """Takes the centre and scale of the track's caption table (captions, ...)."""
-        for x, mean, std in ((table.pooled, self.text_mean, self.text_std),
-                             (table.tokens, self.token_mean, self.token_std)):
+        for x, mean, std in zip(table, (self.text_mean, self.token_mean),
+                                (self.text_std, self.token_std)):
             if x.numel():
                 mean.copy_(x.mean(0))
                 std.copy_((x - mean).square().mean().sqrt())
-
     def null_text(self, count: int) -> Text:
         """The empty caption: the table's mean, zero after centring."""
         return Text(self.text_mean.expand(count, -1), self.token_mean.expand(count, -1, -1))
-
-    def forward(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
-        B, C, H, W = x.shape
-        p = self.cfg.patch
+    def run(self, layers: range, x: Tensor, mods, rope, values=None):
+        """Blocks `layers` on tokens x (B, n, D). Returns x, the first block's values and the states
+        after those of the layers that are aligned."""
+        states = []
+        for i in layers:
+            x, values = self.blocks[i](x, rope, mods[6 * i:6 * i + 6], values, self.value_mix[i])
+            if i + 1 in self.cfg.repa_layers:
+                states.append(x)
+        return x, values, states
+    def forward(self, z: Tensor, t: Tensor, text: Text, keep=None, skip=None):
+        """keep (B, K), skip (B,): see Batch; None: all tokens, no image. Returns the velocity and
+        the states (B, n, D) that are to be aligned."""
+        B, cfg, (C, H, W), p = len(z), self.cfg, self.track.shape, self.cfg.patch
         h, w = H // p, W // p
         # time and caption
-        freqs = torch.exp(-math.log(10_000) * torch.arange(128, device=x.device) / 128)
+        freqs = torch.exp(-math.log(10_000) * torch.arange(128, device=z.device) / 128)
         angles = 1000 * t[:, None] * freqs                                      # (B, 128)
         c = self.time_out(F.silu(self.time_in(torch.cat([angles.cos(), angles.sin()], dim=1))))
         c = c + self.pooled_in((text.pooled - self.text_mean) / self.text_std)
-        mods = self.modulation(F.silu(c)).view(B, -1, 1, self.cfg.width).unbind(1)
-        # preconditioning (EDM, arXiv 2206.00364, eq. 7, for velocities): the best linear guess from
-        # x_t comes for free, the network sees unit variance and gives the rest
-        skip, out = 0.0, 1.0
-        if s := self.cfg.sigma_data:
-            tt = t.view(-1, 1, 1, 1)
-            var = ((1 - tt) * s) ** 2 + tt ** 2                                 # of x_t
-            skip, out, x = (tt - (1 - tt) * s * s) / var * x, s * var.rsqrt(), x * var.rsqrt()
-        # patches
+        mods = self.modulation(F.silu(c)).view(B, -1, 1, cfg.width).unbind(1)
+        # tokens
+        base, out, z = precondition(z, t.view(-1, 1), cfg.sigma_data)
+        x, class_token = z.tensor_split([C * H * W], dim=1)
         x = x.view(B, C, h, p, w, p).permute(0, 2, 4, 1, 3, 5).reshape(B, h * w, C * p * p)
         x = self.embed(x)                                                       # (B, N, D)
         x = x + self.position.to(x.dtype)
-        if self.cfg.text_tokens:
+        if cfg.reg:
+            x = torch.cat([rms_norm(self.class_in(class_token))[:, None].to(x.dtype), x], dim=1)
+        if cfg.text_tokens:
             context = self.tokens_in((text.tokens - self.token_mean) / self.token_std)
-            x = torch.cat([context, x], dim=1)                                  # (B, T + N, D)
-        rope, values = (self.cos, self.sin), None
-        for i, block in enumerate(self.blocks):
-            x, values = block(x, rope, mods[6 * i:6 * i + 6], values, self.value_mix[i])
-        x = rms_norm(x[:, self.cfg.text_tokens:]) * (1 + mods[-1]) + mods[-2]
-        x = self.head(x).float()                                                # (B, N, C p p)
-        x = x.view(B, h, w, C, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
-        return skip + out * x
+            x = torch.cat([context, x], dim=1)        # T caption tokens, class token, N patches
+        # blocks
+        rope, edge = (self.cos, self.sin), cfg.route_dense if cfg.route_keep < 1 else 0
+        x, values, states = self.run(range(edge), x, mods, rope)
+        mid, mid_rope, mid_values = x, rope, values
+        if keep is not None:
+            mid, mid_values = take(x, keep), take(values, keep, dim=2)
+            mid_rope = tuple(a[0, 0][keep][:, None] for a in rope)              # (B, 1, K, hd / 2)
+        mid, _, more = self.run(range(edge, cfg.depth - edge), mid, mods, mid_rope, mid_values)
+        if edge:
+            mask = self.mask_token.to(mid.dtype)
+            if keep is not None:
+                at = keep[..., None].expand_as(mid)
+                mid = mask.expand_as(x).scatter(1, at, mid)
+            if skip is not None:
+                mid = torch.where(skip.view(-1, 1, 1), mask, mid)
+            mid = F.linear(torch.cat([x.to(mid.dtype), mid], dim=2), self.fuse)  # SPRINT, eq. 4
+        x, _, last = self.run(range(cfg.depth - edge, cfg.depth), mid, mods, rope, values)
+        # velocity
+        x = rms_norm(x) * (1 + mods[-1]) + mods[-2]
+        v = self.head(x[:, self.context:]).float()                              # (B, N, C p p)
+        v = v.view(B, h, w, C, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, C * H * W)
+        if cfg.reg:
+            v = torch.cat([v, self.class_head(x[:, cfg.text_tokens]).float()], dim=1)
+        return base + out * v, states + more + last
 
-# ---------------------------------------------------------------------------------------------
-# Objective and sampler: x_t = (1 - t) x + t noise, velocity = noise - x (arXiv 2209.03003)
-# ---------------------------------------------------------------------------------------------
+# ----- Objective and sampler: x_t = (1 - t) x + t noise, velocity = noise - x (arXiv 2209.03003) --
+
+def autocast(cfg: Config, x: Tensor):
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=cfg.bf16)
 
 def velocity(model: nn.Module, x: Tensor, t: Tensor, text: Text) -> Tensor:
-    """The model's velocity at (x, t): (B, C, H, W), (B,) -> (B, C, H, W). One evaluation each."""
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=model.cfg.bf16):
-        return model(x, t, text)
+    """The model's velocity at (x, t): (B, C, H, W), (B,) -> (B, C, H, W). One evaluation each. With
+    REG the class token is not known here: it is given as its mean, zero."""
+    with autocast(model.cfg, x):
+        v, _ = model(F.pad(x.flatten(1), (0, model.extra)), t, text)
+    return v[:, :x[0].numel()].view_as(x)
 
 def flow_matching_loss(model: nn.Module, x, noise, t, text: Text) -> Tensor:
     """Per-image mean squared velocity error (B,), float32. Source: arXiv 2210.02747, eq. 23."""
@@ -443,17 +481,37 @@ def flow_matching_loss(model: nn.Module, x, noise, t, text: Text) -> Tensor:
     error = velocity(model, (1 - tt) * x + tt * noise, t, text) - (noise - x)
     return error.square().mean(dim=(1, 2, 3))
 
+def training_loss(model: nn.Module, b: Batch) -> Tensor:
+    """Per-image flow matching loss and the terms that the config adds to it (B,), float32."""
+    cfg, t, target, T = model.cfg, b.t[:, None], b.noise - b.x, model.cfg.text_tokens
+    M, keep = b.x.shape[1] - model.extra, b.keep if b.keep.shape[1] else None
+    with autocast(cfg, b.x):
+        v, states = model((1 - t) * b.x + t * b.noise, b.t, Text(b.pooled, b.tokens), keep, b.skip)
+        aligned = [project(x[:, T:]) for project, x in zip(model.projectors, states)]
+    error = (v - target).square()
+    loss = error[:, :M].mean(dim=1)
+    if cfg.cfm:             # away from another image's velocity: arXiv 2506.05350, eq. 4
+        other = target.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+        loss = loss - cfg.cfm * (v - other)[:, :M].square().mean(dim=1)
+    if cfg.reg:             # REG, eq. 7
+        loss = loss + cfg.reg * error[:, M:].mean(dim=1)
+    for z in aligned:       # REPA, eq. 8
+        aim = b.features[:, 1 - bool(cfg.reg):]
+        if z.shape[1] < aim.shape[1]:                            # in the routed middle
+            aim = take(aim, keep[:, T:] - T)
+        cosine = F.cosine_similarity(z.float(), aim, dim=2).mean(dim=1)
+        loss = loss + cfg.repa / len(aligned) * (1 - cosine)
+    return loss
+
 def shift_time(t, shift: float):
     """SD3's time shift (arXiv 2403.03206, eq. 23): identity at 1, more noise above."""
     return shift * t / (1 + (shift - 1) * t)
 
 def sampling_times(cfg: Config) -> list:
-    """The sampler's grid, sample_steps + 1 times from 1 to 0."""
-    times = [shift_time(1 - i / cfg.sample_steps, cfg.sample_shift)
-             for i in range(cfg.sample_steps + 1)]
-    if cfg.last_step:
-        times = [max(t, cfg.last_step) if t > 0 else t for t in times[:-2]] + [cfg.last_step, 0.0]
-    return times
+    """The sampler's grid, sample_steps + 1 times from 1 to 0: even, then shifted."""
+    n, last = cfg.sample_steps, cfg.last_step or 1 / cfg.sample_steps
+    grid = [1 - (1 - last) * i / max(1, n - 1) for i in range(n)] + [0.0]
+    return [shift_time(t, cfg.sample_shift) for t in grid]
 
 def guided(t: float, cfg: Config) -> bool:
     return cfg.guidance != 1 and cfg.guidance_interval[0] <= t <= cfg.guidance_interval[1]
@@ -465,133 +523,121 @@ def sampling_nfe(cfg: Config) -> int:
 @torch.no_grad()
 def sample(model: nn.Module, noise: Tensor, text: Text, fresh=None) -> Tensor:
     """Images (B, C, H, W) in the model's scale from noise (B, C, H, W) under captions `text`.
+    fresh: a function that returns new unit noise of noise's shape at every call, for the sde and
+    for REG's class token. Euler on dz = v dt, or Euler-Maruyama on the reverse SDE with diffusion
+    2t (SiT, eq. 8): its score -(z + (1 - t) v) / t makes the drift v + z + (1 - t) v. The null half
+    of guidance (arXiv 2207.12598, eq. 6) leaves out the middle blocks where they are routed."""
+    cfg, B, M = model.cfg, len(noise), noise[0].numel()
 
-    fresh: a function that returns new unit noise of noise's shape at every call; the sde asks for
-    it once a step. Euler on dx = v dt, or Euler-Maruyama on the reverse SDE with diffusion 2t
-    (SiT, eq. 8): its score -(x + (1 - t) v) / t makes the drift v + x + (1 - t) v.
-    """
-    cfg, x, B = model.cfg, noise, len(noise)
+    def joint(unit):
+        return torch.cat([unit.flatten(1)] + ([fresh().flatten(1)[:, :PCA]] if cfg.reg else []), 1)
+
     both = Text(*(torch.cat(pair) for pair in zip(text, model.null_text(B))))
-    times = sampling_times(cfg)
+    null = torch.arange(2 * B, device=noise.device) >= B if cfg.route_keep < 1 else None
+    z, times = joint(noise), sampling_times(cfg)
     for i, (t, t_next) in enumerate(zip(times, times[1:])):
-        if guided(t, cfg):                                       # one call, two evaluations
-            v, v_null = velocity(model, torch.cat([x, x]), x.new_full((2 * B,), t), both).chunk(2)
-            v = v_null + cfg.guidance * (v - v_null)             # arXiv 2207.12598, eq. 6
-        else:
-            v = velocity(model, x, x.new_full((B,), t), text)
+        with autocast(cfg, z):
+            if guided(t, cfg):                                   # one call, two evaluations
+                v, _ = model(torch.cat([z, z]), z.new_full((2 * B,), t), both, None, null)
+                v = torch.lerp(v[B:], v[:B], cfg.guidance)
+            else:
+                v, _ = model(z, z.new_full((B,), t), text)
         if cfg.sampler == "sde":
-            v = v + x + (1 - t) * v
-        x = x + (t_next - t) * v
+            v = v + z + (1 - t) * v
+        z = z + (t_next - t) * v
         if cfg.sampler == "sde" and i < cfg.sample_steps - 1:    # the last step adds no noise
-            x = x + math.sqrt(2 * t * (t - t_next)) * fresh()
-    return x
+            z = z + math.sqrt(2 * t * (t - t_next)) * joint(fresh())
+    return z[:, :M].reshape(noise.shape)
 
-# ---------------------------------------------------------------------------------------------
-# Data: memory-mapped shards, one batch ahead
-# ---------------------------------------------------------------------------------------------
+# ----- Data: memory-mapped shards, one batch ahead ------------------------------------------------
 
 class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2."""
 
 @contextmanager
-def reading(track: Track):
+def reading(track: Track, how: str = ""):
     """Turns whatever a missing, damaged or foreign data file raises into one line with the mend."""
     try:
         yield
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"data/{track.name} is missing, damaged or foreign ({e}); "
-                        f"run: python data/download.py {track.name}")
+                        f"run: python data/download.py {track.name}{how}")
 
 class Shards:
     """All shards of one split as one memory-mapped array, checked by header before any work."""
-
-    def __init__(self, track: Track, split: str):
-        folder, self.latents, self.labels = Path("data", track.name), [], []
-        with reading(track):
+    def __init__(self, track: Track, split: str, features: bool = False):
+        folder, shapes = Path("data", track.name), dict(latents=track.shape, labels=())
+        if features:
+            shapes["features"] = 1 + PATCHES, PCA
+        self.columns = [[] for _ in shapes]                      # of each: one array a shard
+        with reading(track, " --images DIR --features" * features):
             raw = (folder / "manifest.json").read_bytes()
             manifest, self.sha256 = json.loads(raw), hashlib.sha256(raw).hexdigest()
             self.trial = "shards" in manifest.get("request", ())  # a part of the data
-            for name, entry in sorted(manifest["files"].items()):
-                if not name.startswith(split + "_"):
-                    continue
-                size, n = (folder / name).stat().st_size, entry["count"]
-                if size != entry["bytes"]:
-                    raise ValueError(f"{name} has {size} bytes, not {entry['bytes']}")
+            for name in sorted(k for k in manifest["files"] if k.startswith(split + "_")):
+                n = manifest["files"][name]["count"]
                 with safe_open(folder / name, "pt") as f:        # maps the file, reads the header
-                    latents, labels = f.get_tensor("latents"), f.get_tensor("labels")
-                    found = f.metadata()["track"], str(latents.dtype), *latents.shape, len(labels)
-                if found != (track.name, "torch." + track.dtype, n, *track.shape, n):
-                    raise ValueError(f"{name} holds {found}, not {n} of {track}")
-                self.latents.append(latents.numpy())
-                self.labels.append(labels.numpy())
-        self.starts = np.cumsum([0] + [len(x) for x in self.latents])
+                    arrays = [f.get_tensor(key) for key in shapes]
+                    found = f.metadata()["track"], str(arrays[0].dtype), *(a.shape for a in arrays)
+                wanted = track.name, "torch." + track.dtype, *((n, *s) for s in shapes.values())
+                if found != wanted:
+                    raise ValueError(f"{name} holds {found}, not {wanted}")
+                for column, a in zip(self.columns, arrays):
+                    column.append(a.numpy())
+        self.starts = np.cumsum([0] + [len(a) for a in self.columns[0]])
         self.count = int(self.starts[-1])
-
-    def gather(self, indices: np.ndarray, pin: bool = False):
-        """Copies rows: indices (B,) -> latents (B, C, H, W) as stored, labels (B,) int64, CPU."""
+    def gather(self, indices: np.ndarray, pin: bool = False) -> list:
+        """Copies rows `indices` (B,): [latents (B, C, H, W), labels (B,)] and, where asked for,
+        features (B, 1 + PATCHES, PCA), as stored, on the CPU."""
         shards = np.searchsorted(self.starts, indices, side="right") - 1
         at = list(zip(shards.tolist(), (indices - self.starts[shards]).tolist()))
-        latents = torch.empty(len(at), *self.latents[0].shape[1:], pin_memory=pin,
-                              dtype=torch.from_numpy(self.latents[0][:0]).dtype)
-        out = latents.numpy()
-        for i, (shard, row) in enumerate(at):
-            out[i] = self.latents[shard][row]                    # one memcpy from the page cache
-        return latents, torch.tensor([int(self.labels[shard][row]) for shard, row in at])
+        rows = [torch.from_numpy(np.stack([column[shard][row] for shard, row in at]))
+                for column in self.columns]                      # one memcpy from the page cache
+        return [a.pin_memory() for a in rows] if pin else rows
 
 class Loader:
-    """Training batches of this process's slice, fetched one step ahead by a thread.
-
-    The order is a function of (seed, step) alone: one permutation per epoch, global batches cut
-    from it end to end, so there is no position to save and it is the same for any world size.
-    """
-
+    """Training batches of this process's slice, fetched one step ahead by a thread. Their order is
+    a function of (seed, step) alone: one permutation per epoch, global batches cut end to end."""
     def __init__(self, shards: Shards, cfg: Config, seed: int, world):
         self.shards, self.seed, self.batch = shards, seed, cfg.batch_size
         self.mine, self.device = world.part(cfg.batch_size), world.device
         self.pool, self.ahead = ThreadPoolExecutor(1), {}        # step -> batch on its way
-
     @lru_cache(maxsize=2)
     def order(self, epoch: int) -> np.ndarray:
         g = torch.Generator().manual_seed(draw_seed(self.seed, epoch, stream=1))
         return torch.randperm(self.shards.count, generator=g).numpy()
-
-    def indices(self, step: int) -> np.ndarray:
-        """Rows of the global batch of `step`, (batch_size,) int64."""
-        at = np.arange(step * self.batch, (step + 1) * self.batch)
-        return np.array([self.order(int(e))[r]
-                         for e, r in zip(*np.divmod(at, self.shards.count))])
-
-    def __call__(self, step: int):
-        """Stored latents (local, C, H, W) and labels (local,) of `step`, on the device."""
-        def submit(step):
-            return self.pool.submit(lambda: self.shards.gather(
-                self.indices(step)[self.mine], pin=self.device.type == "cuda"))
-        batch = self.ahead.pop(step, None) or submit(step)
-        self.ahead = {step + 1: submit(step + 1)}
+    def fetch(self, step: int) -> list:
+        at = np.arange(step * self.batch, (step + 1) * self.batch)[self.mine]
+        rows = [self.order(int(e))[r] for e, r in zip(*np.divmod(at, self.shards.count))]
+        return self.shards.gather(np.array(rows), pin=self.device.type == "cuda")
+    def __call__(self, step: int) -> list:
+        """What Shards.gather gives for this process's slice of `step`, on the device."""
+        batch = self.ahead.pop(step, None) or self.pool.submit(self.fetch, step)
+        self.ahead = {step + 1: self.pool.submit(self.fetch, step + 1)}
         return [x.to(self.device, non_blocking=True) for x in batch.result()]
 
-class Captions:
-    """The track's caption table on the device, and which captions belong to a label."""
-
-    def __init__(self, track: Track, tokens: int, device):
-        with reading(track), safe_open(Path("data", track.name, "text.safetensors"), "pt") as f:
-            labels = np.array(json.loads(f.metadata()["labels"]))
-            n, width = len(labels), track.text_width
-            pooled = f.get_tensor("pooled").float()
-            context = f.get_tensor("tokens").float() if tokens else torch.zeros(n, 0, width)
-            counts = set(np.bincount(labels).tolist())           # captions of a label: all alike
-            found = pooled.shape, context.shape, len(counts)
-            wanted = (n, width), (n, tokens, width), 1
-            if found != wanted:
-                raise ValueError(f"text.safetensors holds {found}, not {wanted}")
-            self.text = Text(pooled.to(device), context.to(device))
-            of_label = np.argsort(labels, kind="stable").reshape(-1, counts.pop())
-            self.of_label = torch.from_numpy(of_label).to(device)             # (classes, captions)
-
+class Captions(NamedTuple):
+    """A caption table and which of its captions belong to a label."""
+    text: Text          # (captions, ...)
+    of_label: Tensor    # (labels, captions of each), rows of `text`
     def pick(self, labels: Tensor, u: Tensor) -> Text:
         """One of each label's captions, by uniform u in [0, 1): (B,), (B,) -> a batch of B."""
-        rows = self.of_label[labels, (u * self.of_label.shape[1]).long()]
+        rows = self.of_label[labels.long(), (u * self.of_label.shape[1]).long()]
         return Text(self.text.pooled[rows], self.text.tokens[rows])
+
+def load_captions(track: Track, tokens: int, device) -> Captions:
+    """The track's own table, with `tokens` CLIP tokens of each caption."""
+    with reading(track), safe_open(Path("data", track.name, "text.safetensors"), "pt") as f:
+        labels = np.array(json.loads(f.metadata()["labels"]))
+        n, width, pooled = len(labels), track.text_width, f.get_tensor("pooled").float()
+        context = f.get_tensor("tokens").float() if tokens else torch.zeros(n, 0, width)
+        counts = set(np.bincount(labels).tolist())               # captions of a label: all alike
+        found, wanted = (pooled.shape, context.shape), ((n, width), (n, tokens, width))
+        if found != wanted or len(counts) > 1:
+            raise ValueError(f"text.safetensors holds {found}, {counts} a label, not {wanted}")
+        of_label = np.argsort(labels, kind="stable").reshape(-1, counts.pop())
+        return Captions(Text(pooled.to(device), context.to(device)),
+                        torch.from_numpy(of_label).to(device))
 
 def draw_seed(seed: int, counter: int, stream: int) -> int:
     """A 32-bit seed, different for every (counter, stream) of a run."""
@@ -601,36 +647,43 @@ def scaled(track: Track, stored: Tensor) -> Tensor:
     """Stored latents (B, C, H, W) -> the model's scale, float32."""
     return (stored.float() - track.shift) * track.scale
 
-def make_batch(cfg: Config, model, captions: Captions, stored, labels, seed: int, step: int, world):
-    """(x, noise, t, text) of this process's slice of step's global batch.
+def route(cfg: Config, context: int, step: int, u: Tensor):
+    """(keep, skip) of a Batch from uniform u (B, 1 + N); the counts depend on `step` alone."""
+    skip, patches = u[:, 0] < cfg.path_drop, u[:, 1:].argsort(dim=1) + context
+    routed = cfg.route_keep < 1 and step < (1 - cfg.dense_tail) * cfg.steps
+    first = torch.arange(context, device=u.device).expand(len(u), -1)          # always kept
+    keep = torch.cat([first, patches[:, :round(cfg.route_keep * patches.shape[1])]], dim=1)
+    return keep[:, :None if routed else 0], skip
 
-    All randomness of a step is drawn here, for the global batch, on every process, from
-    (seed, step) alone, and then sliced: the number of processes cannot change it.
-    """
-    track, B, device = TRACKS[cfg.track], cfg.batch_size, world.device
+def make_batch(state, captions: Captions, rows: list, seed: int, step: int) -> Batch:
+    """This process's slice of a global batch, from its stored rows (see Shards.gather). All that is
+    random in a step is drawn here, for the global batch, from (seed, step) alone, then sliced."""
+    cfg, model, device, mine = state.cfg, state.model, state.world.device, state.mine
+    B, (stored, labels, *features) = cfg.batch_size, rows
     g = torch.Generator(device).manual_seed(draw_seed(seed, step, stream=0))
-    mine = world.part(B)
-    noise = torch.randn(B, *track.shape, generator=g, device=device)[mine]
+    noise = torch.randn(B, math.prod(model.track.shape), generator=g, device=device)[mine]
     start, caption, drop, flip = torch.rand(4, B, generator=g, device=device)
     t = (start[0] + torch.arange(B, device=device) / B) % 1      # low discrepancy: VDM, app. I.1
     t = shift_time(t, cfg.t_shift)[mine]
-    x = scaled(track, stored)
+    u = torch.rand(B, 1 + len(model.position), generator=g, device=device)[mine]
+    more_noise = torch.randn(B, model.extra, generator=g, device=device)[mine]
+    x = scaled(model.track, stored)
     if cfg.flip:
         x = torch.where(flip[mine].view(-1, 1, 1, 1) < 0.5, x.flip(-1), x)
+    # int8 -> standard deviations of the first component
+    features = features[0].float() * (4 / 127) if features else x.new_zeros(len(x), 1, PCA)
     text, null = captions.pick(labels, caption[mine]), model.null_text(len(x))
-    keep = (drop[mine] >= cfg.caption_drop).view(-1, 1)
-    return x, noise, t, Text(torch.where(keep, text.pooled, null.pooled),
-                             torch.where(keep[..., None], text.tokens, null.tokens))
+    shown = (drop[mine] >= cfg.caption_drop).view(-1, 1)
+    return Batch(torch.cat([x.flatten(1), features[:, 0, :model.extra]], dim=1),
+                 torch.cat([noise, more_noise], dim=1), t,
+                 torch.where(shown, text.pooled, null.pooled),
+                 torch.where(shown[..., None], text.tokens, null.tokens),
+                 *route(cfg, model.context, step, u), features)
 
-# ---------------------------------------------------------------------------------------------
-# Distributed, log, clock, checkpoints
-# ---------------------------------------------------------------------------------------------
-
-TIMEOUT = timedelta(minutes=10)      # of one collective: a hung process ends the run after this
+# ----- Distributed, log, clock, checkpoints -------------------------------------------------------
 
 class World:
     """This process among all, and the collectives of a run. One process needs no launcher."""
-
     def __init__(self):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.step, self.device, gpu = 0, torch.device("cpu"), None   # step: for error lines
@@ -638,34 +691,28 @@ class World:
             self.device = gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(gpu)
         if self.size > 1:
-            dist.init_process_group("nccl" if gpu else "gloo", timeout=TIMEOUT, device_id=gpu)
-
+            dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu,
+                                    timeout=timedelta(minutes=10))   # of one collective
     def part(self, count: int) -> slice:
         """This process's part of `count` rows."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
-
     def sum(self, x: Tensor) -> Tensor:
         """Sum over processes, in place."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
-
     def reduce_scatter(self, x: Tensor):
         """(n, ...) on each -> this process's n / size rows of the sum, and a function to wait."""
         if self.size == 1:
             return x, lambda: None
-        if self.device.type == "cpu":                            # gloo has no reduce-scatter
-            return x[self.part(len(x))], dist.all_reduce(x, async_op=True).wait
         out = x.new_empty(len(x) // self.size, *x.shape[1:])
         return out, dist.reduce_scatter_tensor(out, x, async_op=True).wait
-
     def all_gather(self, x: Tensor):
         """(n, ...) on each -> (n * size, ...) on all, and a function to wait."""
         if self.size == 1:
             return x, lambda: None
         out = x.new_empty(len(x) * self.size, *x.shape[1:])
         return out, dist.all_gather_into_tensor(out, x.contiguous(), async_op=True).wait
-
     def now(self) -> float:
         """Seconds, once every process and device has arrived."""
         if self.device.type == "cuda":
@@ -673,27 +720,23 @@ class World:
         if self.size > 1:
             dist.barrier()
         return time.perf_counter()
+    def machine(self) -> str:
+        """How many of which GPU, or of which CPU with how many threads."""
+        if self.device.type == "cuda":
+            return f"{self.size} x {torch.cuda.get_device_name()}"
+        cpu = os.popen("lscpu 2> /dev/null | sed -n 's/^Model name: *//p'").read().strip()
+        return f"{self.size} x {cpu or platform.machine()}, {torch.get_num_threads()} threads"
 
 class Clock:
     """Seconds of the timed region. The only clock a record's number is read from."""
-
-    def __init__(self, world: World):
-        self.world, self.seconds, self.started = world, 0.0, None
-
+    def __init__(self, world: World, seconds: float):
+        self.world, self.seconds, self.started = world, seconds, None
     def start(self):
         self.started = self.world.now()
-
-    def stop(self):
-        self.seconds, self.started = self.read(), None
-
     def read(self) -> float:
         return self.seconds + (self.world.now() - self.started if self.started else 0.0)
-
-    @contextmanager
-    def paused(self):
-        self.stop()
-        yield
-        self.start()
+    def stop(self):
+        self.seconds, self.started = self.read(), None
 
 def write_atomic(path: Path, write):
     """write(temporary path), sync, rename: the file is whole or not there. Raises UserError."""
@@ -721,156 +764,140 @@ def load_checkpoint(path, device="cpu"):
 
 class State:
     """What a run carries from step to step: model, EMA, optimizers. Saved, restored, rewound."""
-
     def __init__(self, cfg: Config, seed: int, world: World):
+        self.cfg, self.world, self.mine = cfg, world, world.part(cfg.batch_size)
         self.model = Transformer(cfg, TRACKS[cfg.track])
         self.model.init_weights(seed)
-        self.model.to(world.device)
-        self.params = list(self.model.parameters())
-        self.ema = [p.detach().clone() for p in self.params]
+        self.ema = copy.deepcopy(self.model.to(world.device)).requires_grad_(False)
+        self.params, self.ema_params = list(self.model.parameters()), list(self.ema.parameters())
         self.optimizers = make_optimizers(self.model, cfg, world)
-        self.world = world
-
+        self.training_loss, self.val_loss = (
+            torch.compile(f, dynamic=False, fullgraph=True) if cfg.compile else f
+            for f in (training_loss, flow_matching_loss))
     def state_dict(self) -> dict:
         """Everything, the same for any number of processes. Collective."""
-        return dict(model=self.model.state_dict(), ema=self.ema,
+        return dict(model=self.model.state_dict(), ema=self.ema.state_dict(),
                     optimizers=[opt.state_dict() for opt in self.optimizers])
-
-    @torch.no_grad()
     def load_state_dict(self, state: dict):
         """In place: what is compiled stays valid."""
         self.model.load_state_dict(state["model"])
-        torch._foreach_copy_(self.ema, state["ema"])
+        self.ema.load_state_dict(state["ema"])
         for opt, saved in zip(self.optimizers, state["optimizers"]):
             opt.load_state_dict(saved)
 
-    @torch.no_grad()
-    def swap_ema(self):
-        """Exchanges the model's weights and their EMA, in place."""
-        keep = [p.clone() for p in self.params]
-        torch._foreach_copy_(self.params, self.ema)
-        torch._foreach_copy_(self.ema, keep)
+# ----- Main ---------------------------------------------------------------------------------------
 
-# ---------------------------------------------------------------------------------------------
-# Main
-# ---------------------------------------------------------------------------------------------
-
-def train_step(cfg: Config, state: State, loss_of, step: int, x, noise, t, text: Text) -> Tensor:
-    """One update of model and EMA. Returns this process's part of the mean loss, on the device.
-
-    Never waits for the device. The loss is divided by the global batch, so gradients only ever
-    need a SUM, whatever the number of processes and micro-batches.
-    """
-    total, size = 0.0, images_per_forward(cfg, state.world, cfg.batch_size)
-    for i in range(0, len(x), size):
-        s = slice(i, i + size)
-        part = Text(text.pooled[s], text.tokens[s])
-        loss = loss_of(state.model, x[s], noise[s], t[s], part).sum() / cfg.batch_size
+def train_step(state: State, step: int, batch: Batch) -> Tensor:
+    """One update of model and EMA. Returns this process's part of the mean loss; never waits for
+    the device. The loss is divided by the global batch, so gradients only ever need a SUM."""
+    cfg, world, total = state.cfg, state.world, 0.0
+    size = images_per_forward(cfg, world.size, cfg.batch_size)
+    for i in range(0, len(batch.x), size):
+        part = Batch(*(a[i:i + size] for a in batch))
+        loss = state.training_loss(state.model, part).sum() / cfg.batch_size
         loss.backward()
         total = total + loss.detach()
     share = lr_schedule(step / cfg.steps, cfg.warmup, cfg.cooldown)
     for opt in state.optimizers:
         for group in opt.param_groups:
             group["lr"] = group["peak_lr"] * share
-        if state.world.size > 1 and not isinstance(opt, Muon):   # one flat all-reduce, 8P(W-1)/W B
+        if world.size > 1 and not isinstance(opt, Muon):         # one flat all-reduce, 8P(W-1)/W B
             grads = [p.grad for group in opt.param_groups for p in group["params"]]
-            flat = state.world.sum(torch.cat([g.flatten() for g in grads]))
+            flat = world.sum(torch.cat([g.flatten() for g in grads]))
             for g, summed in zip(grads, flat.split([g.numel() for g in grads])):
                 g.copy_(summed.view_as(g))
         opt.step()
     state.model.zero_grad(set_to_none=True)
-    torch._foreach_lerp_(state.ema, [p.data for p in state.params],
-                         1 - ema_decay(step, cfg.ema_decay))
+    with torch.no_grad():
+        torch._foreach_lerp_(state.ema_params, state.params, 1 - ema_decay(step, cfg.ema_decay))
     return total
 
 @torch.no_grad()
-def validate(cfg: Config, state: State, loss_of, val: Shards, captions: Captions) -> float:
-    """Mean loss over the contract's validation images, noise and times, with each label's first
-    caption. The same float on every process."""
-    track, world = TRACKS[cfg.track], state.world
-    size = images_per_forward(cfg, world, track.val_images)
+def validate(state: State, val: Shards, captions: Captions) -> float:
+    """Mean loss of the EMA over the contract's validation images, noise and times, with each
+    label's first caption. The same float on every process."""
+    track, world = state.model.track, state.world
     noise, t = validation_draws(track, track.val_images)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    mine = world.part(track.val_images)
+    mine, size = world.part(len(t)), images_per_forward(state.cfg, world.size, len(t))
     for i in range(mine.start, mine.stop, size):
-        s = slice(i, i + size)
         stored, labels, e, tt = (a.to(world.device) for a in (
-            *val.gather(np.arange(i, i + size)), noise[s], t[s]))
+            *val.gather(np.arange(i, i + size)), noise[i:i + size], t[i:i + size]))
         text = captions.pick(labels, torch.zeros_like(tt))
-        total += loss_of(state.model, scaled(track, stored), e, tt, text).double().sum()
-    return world.sum(total).item() / track.val_images
+        total += state.val_loss(state.ema, scaled(track, stored), e, tt, text).double().sum()
+    return world.sum(total).item() / len(t)
 
-def warm_up(cfg: Config, state: State, loss_of):
-    """Compiles every shape of the run on random data, then puts everything back. Off the clock."""
-    world, track = state.world, TRACKS[cfg.track]
-    g = torch.Generator(world.device).manual_seed(0)             # the global one stays untouched
+def warm_up(state: State, shapes: list):
+    """Compiles every shape of the run on noise, then puts everything back. Off the clock.
+    shapes: of a row of each column of the shards."""
+    cfg, world, track = state.cfg, state.world, state.model.track
     before = copy.deepcopy(state.state_dict())
-
-    def random_inputs(n):
-        image, text = (n, *track.shape), state.model.null_text(n)
-        shapes = image, image, (n,), text.pooled.shape, text.tokens.shape
-        x, noise, t, *text = (torch.randn(s, generator=g, device=world.device) for s in shapes)
-        return x, noise, t.sigmoid(), Text(*text)
-
-    for step in range(3):
-        train_step(cfg, state, loss_of, step, *random_inputs(cfg.batch_size // world.size))
+    one = torch.zeros(1, 1, dtype=torch.int64, device=world.device)
+    captions = Captions(state.model.null_text(1), one)
+    rows = [torch.zeros(cfg.batch_size // world.size, *s, device=world.device) for s in shapes]
+    for step in (0, 1, 2, cfg.steps - 1, cfg.steps - 1):         # the last may be unrouted
+        batch = make_batch(state, captions, rows, 0, step)
+        train_step(state, step, batch)
+    size = images_per_forward(cfg, world.size, track.val_images)
+    t, pooled, tokens = (a[:size] for a in batch[2:5])
+    x = scaled(track, rows[0][:size])
     with torch.no_grad():
-        loss_of(state.model, *random_inputs(images_per_forward(cfg, world, track.val_images)))
+        state.val_loss(state.ema, x, x + 1, t, Text(pooled, tokens))
     state.load_state_dict(before)
 
-def train(name: str, seed: int, resume: Optional[Path], world: World) -> Path:
+def load_state(resume: Path, code_sha256: str) -> dict:
+    """What a killed run left in its folder. Raises UserError."""
+    try:
+        saved = torch.load(resume / "state.pt", map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise UserError(f"{resume} has no state to resume from ({type(e).__name__}): it is "
+                        "finished or not a run's folder; start a new one without RESUME")
+    if saved["meta"]["code_sha256"] == code_sha256:
+        return saved
+    raise UserError(f"{resume} is of another train_speedrun.py: cp {resume}/train_speedrun.py .")
+
+def train(name: str, seed: int, resume: Path | None, world: World) -> Path:
     """One run, from the checks to the last log line; returns its folder. Raises UserError."""
     source = Path(__file__).read_text()
-    meta = dict(config=name, seed=seed, code_sha256=hashlib.sha256(source.encode()).hexdigest())
-    start, saved = 0, None
+    meta = dict(config=name, seed=seed, step=0, seconds=0.0,
+                code_sha256=hashlib.sha256(source.encode()).hexdigest())
     if resume:
-        try:
-            saved = torch.load(resume / "state.pt", map_location="cpu", weights_only=True)
-        except Exception as e:
-            raise UserError(f"{resume} has no state to resume from ({type(e).__name__}): it is "
-                            "finished or not a run's folder; start a new one without RESUME")
-        if saved["meta"]["code_sha256"] != meta["code_sha256"]:
-            raise UserError(f"{resume} was started with another train_speedrun.py: bring its own "
-                            f"back, cp {resume}/train_speedrun.py .")
-        start, name, seed = (saved["meta"][k] for k in ("step", "config", "seed"))
-        meta.update(config=name, seed=seed)
-    cfg = CONFIGS[name]
-    track = TRACKS[cfg.track]
-    check_config(cfg, world)
-    data, val = Shards(track, "train"), Shards(track, "val")
-    meta["data_sha256"] = data.sha256
-    Captions(track, cfg.text_tokens, "cpu")              # a check: the run's is made on the clock
+        saved = load_state(resume, meta["code_sha256"])
+        meta = saved["meta"]
+    name, seed, start = meta["config"], meta["seed"], meta["step"]
+    cfg, track = CONFIGS[name], TRACKS[CONFIGS[name].track]
+    check_config(cfg, world.size)
+    data, val = Shards(track, "train", bool(cfg.reg or cfg.repa_layers)), Shards(track, "val")
+    load_captions(track, cfg.text_tokens, "cpu")         # a check: the run's is made on the clock
     counts, wanted = (data.count, val.count), (track.train_images, track.val_images)
     assert (data.trial or counts[0] == wanted[0]) and counts[1] >= wanted[1], (
-        f"data/{track.name} holds {counts} training and validation images, the contract has "
-        f"{wanted}; run: python data/download.py {track.name}")
+        f"data/{track.name} holds {counts} training and validation images, the contract {wanted}; "
+        f"run: python data/download.py {track.name}")
+    meta["data_sha256"] = data.sha256
     torch.set_float32_matmul_precision("high")
-    state, clock = State(cfg, seed, world), Clock(world)
+    state, clock = State(cfg, seed, world), Clock(world, meta["seconds"])
     if resume:
         state.load_state_dict(saved)
-        clock.seconds = saved["meta"]["seconds"]
-    loss_of = torch.compile(flow_matching_loss, dynamic=False, fullgraph=True) \
-        if cfg.compile else flow_matching_loss
     folder = resume or Path("logs", f"{datetime.now():%Y%m%d-%H%M%S}_{name}_seed{seed}")
 
-    def save(filename: str, step: int, write):
-        """Rank 0 writes, with the step in `meta`; every process learns whether it could."""
+    def save(step: int):
+        """State to resume from; where it is time, validation and checkpoint before it. Rank 0
+        writes; where it cannot, its end ends the others."""
+        if step in eval_at:
+            meta["val_loss"] = validate(state, val, captions)
+            report(step, "val_loss", meta["val_loss"])
         meta.update(step=step, images=step * cfg.batch_size, seconds=clock.seconds)
-        error = None
-        if world.rank == 0:
-            try:
-                write_atomic(folder / filename, write)
-            except UserError as e:
-                error = e
-        if world.sum(torch.tensor(float(error is not None), device=world.device)).item():
-            raise error or UserError(f"rank 0 could not write {filename}")
+        whole, notes = state.state_dict() | dict(meta=meta), {k: str(v) for k, v in meta.items()}
+        if world.rank == 0 and step in eval_at:
+            weights = {k: v.cpu() for k, v in whole["ema"].items()}
+            write_atomic(folder / f"step_{step:06d}.safetensors",
+                         lambda path: save_file(weights, path, notes))
+        if world.rank == 0 and step < cfg.steps:
+            write_atomic(folder / "state.pt", lambda path: torch.save(whole, path))
 
-    def save_state(step: int):
-        state_dict = state.state_dict() | dict(meta=meta)
-        save("state.pt", step, lambda path: torch.save(state_dict, path))
-
+    eval_at = {round(cfg.steps * (k + 1) / cfg.evals) for k in range(cfg.evals)}
     if not resume:
-        save_state(0)                                    # a full disk shows now
+        save(0)                                          # a full disk shows now
         if world.rank == 0:
             (folder / "train_speedrun.py").write_text(source)
     log_file = open(folder / "log.txt" if world.rank == 0 else os.devnull, "a")
@@ -884,65 +911,46 @@ def train(name: str, seed: int, resume: Optional[Path], world: World) -> Path:
           else source + "=" * 100, file=log_file)
     parameters = sum(p.numel() for p in state.params)
     log(f"{folder}: seed {seed}, {parameters / 1e6:.2f}M parameters, {data.count} training images"
-        f"{' (a part: a trial, no record)' if data.trial else ''}\n"
-        f"{world.size} x {machine(world)}, python {platform.python_version()}, "
-        f"torch {torch.__version__}\n{json.dumps(asdict(cfg))}")
-    warm_up(cfg, state, loss_of)
-    eval_at = {round(cfg.steps * k / cfg.evals) for k in range(cfg.evals + 1)}
-    first_bad = torch.full((), cfg.steps, device=world.device)   # first step of non-finite loss
+        f"{' (a part: a trial, no record)' * data.trial}\n{world.machine()}, python "
+        f"{platform.python_version()}, torch {torch.__version__}\n{json.dumps(asdict(cfg))}")
+    warm_up(state, [column[0].shape[1:] for column in data.columns])
+    losses = torch.zeros(cfg.steps, device=world.device)         # this process's parts
 
-    def check_finite():
-        bad = first_bad.clone()
-        if world.size > 1:
-            dist.all_reduce(bad, dist.ReduceOp.MIN)
-        if bad.item() < cfg.steps:
-            raise UserError(f"the loss of step {bad.item() + 1} is not finite: lower the learning "
-                            "rate; what was saved before it stays")
+    def checked_losses() -> Tensor:
+        """Mean loss of every step so far. Raises where one is not finite."""
+        mean = world.sum(losses.clone())
+        if not mean.isfinite().all():
+            raise UserError(f"the loss of step {mean.isfinite().int().argmin() + 1} is not finite: "
+                            "lower the learning rate; what was saved before it stays")
+        return mean
 
     def report(step: int, key: str, value: float):
-        seconds = clock.read()
+        ms = 1000 * clock.read()
         log(f"step:{step}/{cfg.steps} images:{step * cfg.batch_size} {key}:{value:.5f} "
-            f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms")
-
-    def evaluate(step: int):
-        """Validation loss and checkpoint of the weights that the model holds now: the EMA's."""
-        meta["val_loss"] = validate(cfg, state, loss_of, val, captions)
-        report(step, "val_loss", meta["val_loss"])
-        if step:
-            save(f"step_{step:06d}.safetensors", step, lambda path: save_file(
-                {k: v.cpu() for k, v in state.model.state_dict().items()}, path,
-                {k: str(v) for k, v in meta.items()}))
+            f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms")
 
     compiled = torch._dynamo.utils.counters["stats"]
     graphs = compiled["unique_graphs"]
     clock.start()
-    captions = Captions(track, cfg.text_tokens, world.device)
-    state.model.set_text(captions.text)
+    captions = load_captions(track, cfg.text_tokens, world.device)
+    for model in (state.model, state.ema):
+        model.set_text(captions.text)
     loader = Loader(data, cfg, seed, world)
     for step in range(start, cfg.steps):
         world.step = step + 1
-        if (step in eval_at or step % cfg.save_every == 0) and (step > start or step == 0):
-            with clock.paused():
-                check_finite()
-                if step in eval_at:
-                    state.swap_ema()
-                    evaluate(step)
-                    state.swap_ema()
-                if step:
-                    save_state(step)
-        stored, labels = loader(step)
-        batch = make_batch(cfg, state.model, captions, stored, labels, seed, step, world)
-        loss = train_step(cfg, state, loss_of, step, *batch)
-        first_bad = torch.where(loss.isfinite(), first_bad, first_bad.clamp(max=step))
+        if step > start and (step in eval_at or step % cfg.save_every == 0):
+            clock.stop()
+            checked_losses()
+            save(step)
+            clock.start()
+        batch = make_batch(state, captions, loader(step), seed, step)
+        losses[step] = train_step(state, step, batch)
         if step < 10 or (step + 1) % 50 == 0:
-            check_finite()
-            report(step + 1, "train_loss", world.sum(loss.clone()).item())
-    check_finite()
-    state.swap_ema()                                     # the model that is delivered
+            report(step + 1, "train_loss", checked_losses()[step].item())
+    checked_losses()
     clock.stop()
     graphs = compiled["unique_graphs"] - graphs
-    evaluate(cfg.steps)
-
+    save(cfg.steps)
     memory = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else \
         1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     log("=" * 100 + "\n" + "\n".join(f"{k}: {v}" for k, v in dict(
@@ -956,28 +964,20 @@ def train(name: str, seed: int, resume: Optional[Path], world: World) -> Path:
         (folder / "state.pt").unlink()          # finished: nothing left to resume
     return folder
 
-def machine(world: World) -> str:
-    """Name of the GPU, or of the CPU and its threads."""
-    if world.device.type == "cuda":
-        return torch.cuda.get_device_name()
-    cpu = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", cpu.read_text() if cpu.exists() else "")
-    return f"{found[1] if found else platform.machine()}, {torch.get_num_threads()} threads"
-
 def main() -> int:
     """The track from the command line, RESUME and SEED from the environment. The exit code."""
-    world, seed, resume = None, os.environ.get("SEED", "0"), os.environ.get("RESUME")
+    world, status, env = None, 0, os.environ
 
     def terminated(signum, frame):
         raise UserError("ended by SIGTERM; continue with RESUME=logs/<run_id>")
     try:
         signal.signal(signal.SIGTERM, terminated)
-        name = " ".join(sys.argv[1:]) or "cifar10"
-        assert name in CONFIGS, f"unknown track {name!r}: choose one of {', '.join(CONFIGS)}"
+        name, seed, resume = " ".join(sys.argv[1:]), env.get("SEED", "0"), env.get("RESUME")
+        assert (name := name or "cifar10") in CONFIGS, (
+            f"unknown track {name!r}: choose one of {', '.join(CONFIGS)}")
         assert seed.isdigit(), f"SEED={seed!r} is not a whole number"
         world = World()
         train(name, int(seed), Path(resume) if resume else None, world)
-        status = 0
     except (UserError, AssertionError, OSError) as e:
         status, line = 2, e
     except RuntimeError as e:

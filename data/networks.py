@@ -441,7 +441,7 @@ class PatchFeatures:
         return self.net.forward_features(tensor_bicubic(images, IMAGENET))
 
     def fit(self, batches, path: Path):
-        """Writes mean (2, 768), basis (2, 768, K), scale (2, K), explained variance (2,)."""
+        """Writes mean (2, 768), basis (2, 768, K), scale (2, 1), explained variance (2,)."""
         found = torch.cat([self.tokens(images).double().cpu() for images in batches])
         out = dict(mean=[], basis=[], scale=[], explained=[])
         for kind in self.KINDS:
@@ -449,7 +449,7 @@ class PatchFeatures:
             values, vectors = (a.flip(-1) for a in torch.linalg.eigh(x.T.cov()))
             out["mean"].append(x.mean(0))
             out["basis"].append(vectors[:, :PCA])
-            out["scale"].append(4 / 127 * values[:PCA].clamp(min=1e-12).sqrt())   # 4 sigma
+            out["scale"].append(4 / 127 * values[:1].clamp(min=1e-12).sqrt())     # 4 sigma
             out["explained"].append(values[:PCA].sum() / values.sum())
         tensors = {name: torch.stack(x).float().contiguous() for name, x in out.items()}
         write_atomic(path, lambda p: save_file(tensors, p))
