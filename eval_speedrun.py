@@ -531,7 +531,7 @@ def evaluate(folder, world: World, count: int = 0, asked: list = None) -> dict:
         run_id=run.folder.resolve().name, config=meta["config"], seed=int(meta["seed"]),
         code_sha256=run.code_sha256, val_loss=points[-1]["val_loss"],
         metrics=metrics | dict.fromkeys(why_null), why_null=why_null, real=ceiling,
-        images=points[-1]["images"], train_seconds=points[-1]["seconds"],
+        images=points[-1]["images"], train_seconds=points[-1]["seconds"], gflops=sampler.one / 1e9,
         nfe=max(nfe, sampler.nfe), nfe_by_flops=sampler.nfe_by_flops, max_nfe=track.max_nfe,
         parameters=sum(p.numel() for p in model.parameters()), checkpoints=points, rules=rules,
         protocol=protocol, referee_sha256=referee, processes=world.size, machine=machine(device),

@@ -4,7 +4,8 @@
 #
 # Without a GPU the default is cifar10-cpu. The environment is .venv, or the interpreter named in
 # PYTHON; neither is touched when requirements.txt is met already. SEED and RESUME reach the
-# training script.
+# training script. imagenet256 wants ImageNet's photos, a folder of class folders, in IMAGES: it
+# trains on DINOv2's features of them, too.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -58,16 +59,24 @@ gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 if [ "$what" = default ]; then
   if [ "$gpus" -gt 0 ]; then what=cifar10; else what=cifar10-cpu; fi
 fi
-started=$SECONDS
-"$python" data/download.py "${what%-cpu}"
-echo "data: $((SECONDS - started)) s"
-
-started=$SECONDS
 if [ "$gpus" -gt 1 ]; then
   launch=("$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus")
 else
   launch=("$python")                   # one process needs no launcher
 fi
+
+started=$SECONDS
+if [ "$what" != imagenet256 ]; then
+  "$python" data/download.py cifar10
+elif [ -n "${IMAGES:-}" ]; then
+  "${launch[@]}" data/download.py imagenet256 --images "$IMAGES" --features
+elif ! [ -e data/imagenet256/manifest.json ]; then
+  fail "imagenet256 trains on DINOv2's features, too: name the folder of ImageNet's photos in" \
+    "IMAGES; or set reg = 0, repa_layers = () and run: python data/download.py imagenet256"
+fi
+echo "data: $((SECONDS - started)) s"
+
+started=$SECONDS
 mkdir -p logs
 output=$(mktemp)
 trap 'rm -f "$output"' EXIT

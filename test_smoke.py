@@ -2,6 +2,7 @@
 import copy
 import hashlib
 import http.server
+import importlib.util
 import io
 import json
 import os
@@ -70,10 +71,10 @@ def write_data(folder: Path, captions: int = 1, tokens: int = 0, classes: int = 
     (home / "manifest.json").write_text(json.dumps(dict(track="tiny", files=files)))
 
 
-def workshop(folder: Path, edits=(), **data) -> Path:
+def workshop(folder: Path, edits=(), script=ROOT / "train_speedrun.py", **data) -> Path:
     """A folder as a racer has it: data and an edited train_speedrun.py with the tiny track."""
     write_data(folder, **data)
-    source = (ROOT / "train_speedrun.py").read_text()
+    source = script.read_text()
     for after, new in EDITS.items():
         assert source.count(after) == 1
         source = source.replace(after, after + new)
@@ -448,6 +449,34 @@ def test_training_step_has_no_graph_break(all_model, tail):
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
     for eager, compiled in zip(*grads):
         torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)
+
+
+def test_timed_step_never_waits_for_the_device(all_model):
+    """No value of a tensor is asked for between two log lines: no .item(), nonzero, bool mask."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    seen = []
+
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero,
+                                       torch.ops.aten.equal, torch.ops.aten.masked_select):
+                seen.append(func)
+            return func(*args, **(kwargs or {}))
+    ts.TRACKS["tiny"] = TRACK
+    try:
+        state, g = ts.State(ALL, 0, one_world()), torch.Generator().manual_seed(0)
+    finally:
+        del ts.TRACKS["tiny"]
+    captions = ts.Captions(state.model.null_text(4), torch.arange(4).view(4, 1))
+    rows = [torch.randint(255, (16, 3, 8, 8), generator=g).to(torch.uint8), torch.arange(16) % 4,
+            torch.randint(-99, 99, (16, 17, 8), generator=g).to(torch.int8)]
+    losses = torch.zeros(3)
+    with Waits():
+        for step in range(3):
+            losses[step] = ts.train_step(state, step, ts.make_batch(state, captions, rows, 0, step))
+        assert seen == []
+        losses[0].item()                                         # the control
+    assert len(seen) == 1
 
 
 def test_class_token_is_drawn_with_the_image(monkeypatch):
@@ -1175,6 +1204,11 @@ def test_commands_refuse_what_they_do_not_know(tmp_path, trained, monkeypatch, r
     refused(download.main, "mnist", words=("cifar10",))
     done = subprocess.run([ROOT / "run.sh", "mnist"], capture_output=True, text=True)
     refuses(done, "mnist", "imagenet256")
+    for name in ("run.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    done = subprocess.run([tmp_path / "run.sh", "imagenet256"], capture_output=True, text=True,
+                          env=ENV | dict(PYTHON=sys.executable))
+    refuses(done, "in IMAGES", "repa_layers = ()")
     broken = shutil.copytree(trained, tmp_path / "broken")
     snapshot = broken / "train_speedrun.py"
     snapshot.write_text(snapshot.read_text() + "\nimport a_package_that_is_not_there\n")
@@ -1968,6 +2002,61 @@ def test_patch_features_survive_their_compression(imagenet, monkeypatch, capsys)
         back = stored["mean"][i] + (kept[:, kind] * stored["scale"][i]) @ stored["basis"][i].T
         error = (back - wanted[:, kind]).square().sum() / (wanted[:, kind] - 1).square().sum()
         assert error < (0.25, 0.09)[i]                           # of class tokens there are few
+
+
+# ---------------------------------------------------------------------------------------------
+# Records
+# ---------------------------------------------------------------------------------------------
+
+
+def test_sr_dit_snapshot_has_the_published_numbers_and_trains(tmp_path):
+    """The script of records/imagenet256/2025-12-13_SR-DiT, cut to the tiny track's size."""
+    script = ROOT / "records" / "imagenet256" / "2025-12-13_SR-DiT" / "train_speedrun.py"
+    spec = importlib.util.spec_from_file_location("sr_dit", script)
+    sr_dit = sys.modules["sr_dit"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sr_dit)
+    cfg, shift = sr_dit.CONFIGS["imagenet256"], (32 * 16 * 16 / 4096) ** 0.5
+    for key, value in dict(width=768, depth=12, patch=1, head_dim=64, mlp_ratio=4, muon_lr=0,
+                           adamw_lr=1e-4, adamw_betas=(0.9, 0.999), batch_size=256, steps=400_000,
+                           warmup=0, cooldown=0, ema_decay=0.9999, route_keep=0.25, route_dense=2,
+                           dense_tail=0, path_drop=0.05, reg=0.03, repa=0.5, repa_layers=(2,),
+                           cfm=0.05, t_shift=shift, sample_shift=shift, caption_drop=0.1,
+                           sampler="sde", sample_steps=100, last_step=0.04, guidance=1).items():
+        assert getattr(cfg, key) == value, key
+    assert sr_dit.ema_decay(0, 0.9999) == 0.9999
+    model = sr_dit.Transformer(cfg, sr_dit.TRACKS["imagenet256"])
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(140e6, rel=0.02)
+    folder = workshop(tmp_path, [SMALL], script=script, tokens=2, features=1)
+    small = repr(replace(ALL, muon_lr=0, sigma_data=0.0, dense_tail=0.0, steps=4))
+    source = (folder / "train_speedrun.py").read_text().replace(repr(ALL), small)
+    (folder / "train_speedrun.py").write_text(source)
+    python(folder, "train_speedrun.py", "all")
+    weights = load_file(last_run(folder) / "step_000004.safetensors")
+    assert weights["fuse"].isfinite().all() and weights["head.weight"].abs().sum() > 0
+
+
+def test_compare_times_two_snapshots_in_turn(tmp_path):
+    """On noise of the track's shape: the slower one is told, the FLOPs are those of three forwards
+    (the input layers need no gradient of their input), the scripts' difference is shown."""
+    workshop(tmp_path)
+    slow = tmp_path / "slow.py"
+    slow.write_text((tmp_path / "train_speedrun.py").read_text().replace(
+        "    cfg, world, total = ", "    time.sleep(0.2)\n    cfg, world, total = "))
+    done = python(tmp_path, ROOT / "records" / "compare.py", "train_speedrun.py", "slow.py",
+                  "--config", "tiny", "--steps", 4, "--rounds", 1, "--diff", "--set", "batch_size=4")
+    assert re.findall(r"^round (\d): (\w+)", done.stdout, re.M) == [
+        ("1", "train_speedrun"), ("1", "slow")]
+    ratio = float(re.search(r"B trains (\S+) times as many", done.stdout)[1])
+    assert ratio < 0.7 and "1 lines only in B, 0 only in A" in done.stdout
+    assert "+    time.sleep(0.2)" in done.stdout
+    model = ts.Transformer(CONFIG, TRACK)
+    with ev.Flops() as counter:
+        model(torch.zeros(4, 192), torch.zeros(4), model.null_text(4))
+    found = set(re.findall(r"\| (\S+) \| \S+ \| \S+% \|", done.stdout))
+    assert [float(x) for x in found] == [pytest.approx(3 * counter.total / 4e9, rel=0.05)]
+    for words in (["--steps", "11"], ["--set", "nothing=1"]):
+        refuses(python(tmp_path, ROOT / "records" / "compare.py", slow, slow, "--config", "tiny",
+                       *words, check=False), "compare.py: ")
 
 
 if __name__ == "__main__":
