@@ -5,6 +5,7 @@ import http.server
 import importlib.util
 import io
 import json
+import math
 import os
 import platform
 import random
@@ -29,6 +30,7 @@ from safetensors.torch import load_file, save, save_file
 import eval_speedrun as ev
 import train_speedrun as ts
 from data import download, networks
+from records import stats
 
 ROOT = Path(__file__).resolve().parent
 
@@ -47,7 +49,7 @@ ENV = {k: v for k, v in os.environ.items() if k not in ("RESUME", "SEED")} | dic
     OMP_NUM_THREADS="1", PYTHONPATH="", HF_HUB_OFFLINE="0")
 
 
-def write_data(folder: Path, captions: int = 1, tokens: int = 0, classes: int = 4, features=0):
+def write_data(folder: Path, captions=1, tokens=0, classes=4, features=0):
     """Generated shards of the tiny track in folder/data/tiny: two of train, one of val."""
     g, home, files = torch.Generator().manual_seed(0), folder / "data" / "tiny", {}
     home.mkdir(parents=True, exist_ok=True)
@@ -56,7 +58,8 @@ def write_data(folder: Path, captions: int = 1, tokens: int = 0, classes: int = 
         ramp = torch.linspace(0, 200, 8).expand(3, 8, 8)
         latents = torch.stack([ramp.roll(int(k), 0).rot90(int(k), (1, 2)) for k in labels])
         latents = latents + 30 * torch.rand(latents.shape, generator=g)
-        path, rows = home / f"{name}.safetensors", dict(latents=latents.to(torch.uint8), labels=labels)
+        path = home / f"{name}.safetensors"
+        rows = dict(latents=latents.to(torch.uint8), labels=labels)
         if features:
             rows["features"] = torch.randint(-127, 128, (count, 17, 8), generator=g).to(torch.int8)
         save_file(rows, path, dict(track="tiny"))
@@ -238,7 +241,7 @@ def test_tokens_in_context_and_many_captions(tmp_path, monkeypatch):
     weights = load_file(last_run(folder) / "step_000004.safetensors")
     assert weights["token_mean"].shape == (5, 16) and weights["token_mean"].abs().sum() > 0
     monkeypatch.chdir(folder)
-    table = ts.load_captions(TRACK, 5, "cpu")                         # their labels are 0 1 2 3 0 1 ...
+    table = ts.load_captions(TRACK, 5, "cpu")              # their labels are 0 1 2 3 0 1 ...
     assert table.of_label.tolist() == [[k, k + 4, k + 8] for k in range(4)]
     assert ev.main([str(last_run(folder)), "--images", "20"]) == 0
 
@@ -1232,7 +1235,8 @@ def test_full_disk_leaves_nothing_half_written(tmp_path):
 
 KEEP_STATE = [("and step < cfg.steps:", "and True:"),
               ('        (folder / "state.pt").unlink()', "        pass")]
-RANK_SEEDED = [("draw_seed(seed, step, stream=0)", "draw_seed(seed, step, stream=state.world.rank)")]
+RANK_SEEDED = [("draw_seed(seed, step, stream=0)",
+                "draw_seed(seed, step, stream=state.world.rank)")]
 
 
 def torchrun(processes: int, *more):
@@ -1933,7 +1937,8 @@ def test_photos_become_latents_become_pictures(imagenet, monkeypatch, capsys):
                      ("batch_size=256, steps=300_000, evals=6",
                       "compile=False, batch_size=3, steps=4, evals=1"),
                      ("cfm=0.05, reg=0.03, repa=0.5, repa_layers=(2, 4, 6),", "route_dense=1,"),
-                     ("width=64, depth=2", "width=64, depth=3"), ("sample_steps=100", "sample_steps=4")):
+                     ("width=64, depth=2", "width=64, depth=3"),
+                     ("sample_steps=100", "sample_steps=4")):
         assert source.count(old) == 1, old
         source = source.replace(old, new)
     (imagenet / "train_speedrun.py").write_text(source)
@@ -2043,7 +2048,8 @@ def test_compare_times_two_snapshots_in_turn(tmp_path):
     slow.write_text((tmp_path / "train_speedrun.py").read_text().replace(
         "    cfg, world, total = ", "    time.sleep(0.2)\n    cfg, world, total = "))
     done = python(tmp_path, ROOT / "records" / "compare.py", "train_speedrun.py", "slow.py",
-                  "--config", "tiny", "--steps", 4, "--rounds", 1, "--diff", "--set", "batch_size=4")
+                  "--config", "tiny", "--steps", 4, "--rounds", 1, "--diff", "--set",
+                  "batch_size=4")
     assert re.findall(r"^round (\d): (\w+)", done.stdout, re.M) == [
         ("1", "train_speedrun"), ("1", "slow")]
     ratio = float(re.search(r"B trains (\S+) times as many", done.stdout)[1])
@@ -2057,6 +2063,589 @@ def test_compare_times_two_snapshots_in_turn(tmp_path):
     for words in (["--steps", "11"], ["--set", "nothing=1"]):
         refuses(python(tmp_path, ROOT / "records" / "compare.py", slow, slow, "--config", "tiny",
                        *words, check=False), "compare.py: ")
+
+
+# ---------------------------------------------------------------------------------------------
+# records/stats.py
+# ---------------------------------------------------------------------------------------------
+
+RULE = "# " + "-" * 93 + "\n"
+SOURCE = (f"import torch\n{RULE}# Contract: do not edit for a record\n{RULE}TRACKS = 1\n{RULE}"
+          '# Hyperparameters\nCONFIGS = dict(a=dict(steps=1_000, sample_steps=30, lr=0.1))\n'
+          'print("=" * 100)\n' + "=" * 99 + "\n")
+MACHINE = "1 x NVIDIA H200, python 3.11.7, torch 2.15.0"
+LOSSES = (0.1890, 0.1894, 0.1887, 0.1891)
+BEFORE = (0.1953, 0.1950, 0.1952, 0.1949)        # of the predecessor, at its 80,000 images
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_log(path: Path, seed=0, loss=0.19, steps=1000, source=SOURCE, machine=MACHINE, header="",
+              lr=0.1, seconds=100.0, last=None, **facts) -> dict:
+    """A log as train_speedrun.py writes it; returns its last block."""
+    images = steps * 64
+    facts = dict(run_id=f"{path.parent.parent.name}_{path.stem}_{steps}", config="a",
+                 track="cifar10", seed=seed, resumed=0, world_size=1, steps=steps, images=images,
+                 parameters=2948596, val_loss=f"{loss:.5f}", train_time_s=f"{seconds:.3f}",
+                 images_per_second="640.0", sampling_nfe=49, peak_memory_mib=1275,
+                 graphs_compiled_on_the_clock=0, code_sha256=sha256(source),
+                 data_sha256="c0" * 32) | facts
+    line = "step:{}/{} images:{} {}_loss:{:.5f} train_time:{:.0f}ms step_avg:9.9ms\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join([
+        source, "=" * 100, f"\nlogs/x: seed {seed}, 50000 training images{header}\n{machine}\n",
+        json.dumps(dict(track="cifar10", lr=lr, steps=steps)), "\n",
+        line.format(steps // 2, steps, images // 2, "val", loss + 0.02, 500 * seconds),
+        line.format(steps, steps, images, "train", loss + 0.5, 1000 * seconds),
+        line.format(steps, steps, images, "val", last or loss, 1000 * seconds),
+        "=" * 100, "\n", "".join(f"{k}: {v}\n" for k, v in facts.items())]))
+    return facts
+
+
+def write_results(folder: Path, facts: dict, name="results.json", **changes):
+    results = dict(
+        run_id=facts["run_id"], seed=facts["seed"], config="a", code_sha256=facts["code_sha256"],
+        val_loss=float(facts["val_loss"]) * 1.0001, metrics={"KD-lite-1k": 200.0, "FID-50k": None},
+        images=facts["images"], nfe=49.0, gflops=1.5, parameters=2948596,
+        rules=dict(contract="as published", data_sha256=facts["data_sha256"]),
+        referee_sha256=ev.key_of(sha256("referee"), sha256("networks")))
+    (folder / name).write_text(json.dumps(results | changes))
+
+
+def write_record(root: Path, name="2026-12-01_Better", losses=LOSSES, steps=1000, readme="",
+                 paired=None, track="cifar10", **log) -> Path:
+    """A record's folder that passes every check. paired: losses at the predecessor's steps."""
+    folder = root / "records" / track / name
+    folder.mkdir(parents=True)
+    for seed, loss in reversed([*enumerate(losses)]):
+        facts = write_log(folder / f"log_seed{seed}.txt", seed, loss, steps, track=track, **log)
+    for seed, loss in enumerate(paired or ()):
+        write_log(folder / f"paired/log_seed{seed}.txt", seed, loss, 1250,
+                  SOURCE.replace("1_000", "1250"), run_id=f"{name}_paired{seed}", track=track)
+    write_results(folder, facts)
+    (folder / "samples.png").write_bytes(b"png")
+    (folder / "train_speedrun.py").write_text(log.get("source", SOURCE))
+    (folder / "README.md").write_text(readme or f"# {name[11:]}: a | b\n\nText.\n")
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """A project without git, whose cifar10 target is fixed."""
+    (tmp_path / "data").mkdir()
+    for name, text in (("train_speedrun.py", SOURCE.replace("lr=0.1", "lr=0.2")),
+                       ("eval_speedrun.py", "referee"), ("data/networks.py", "networks"),
+                       ("README.md", "# P\r\n\n<!-- records:cifar10 -->\nold\n<!-- /records -->\n\n"
+                        "<!-- records:imagenet256 --><!-- /records -->\n|\xa0end")):
+        (tmp_path / name).write_bytes(text.encode())
+    monkeypatch.setattr(stats, "ROOT", tmp_path)
+    monkeypatch.setitem(stats.TARGET, "cifar10", dict(
+        metric="val_loss", value=0.195, floor=0.0002, gflops=2.0, baseline=None))
+    return tmp_path
+
+
+@pytest.fixture
+def pair(project) -> tuple:
+    """A record and the predecessor that it names."""
+    before = write_record(project, "2026-11-01_Baseline", BEFORE, 1250,
+                          machine="1 x AMD EPYC, 2 threads, python 3.11.7, torch 2.15.0",
+                          source=SOURCE.replace("1_000", "1250").replace("lr=0.1", "lr=0.3"))
+    after = write_record(project, paired=(0.1890, 0.1882, 0.1890, 0.1886), readme=(
+        "# Better\n\nPredecessor: 2026-11-01_Baseline\n\n## Paired runs\n"))
+    return after, before
+
+
+def failures(folder: Path, root: Path, against=None) -> list:
+    return [text for good, text in stats.check_record(stats.load(folder), root, against)
+            if not good]
+
+
+def edit(path: Path, old: str, new: str):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def edit_results(folder: Path, **changes):
+    path = folder / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# ----- Statistics ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("t, df, p", [
+    (6.3138, 1, .05), (2.9200, 2, .05), (2.3534, 3, .05), (4.5407, 3, .01), (5.8409, 3, .005),
+    (3.7469, 4, .01), (2.8214, 9, .01), (2.3646, 99, .01), (2.3301, 1000, .01)])
+def test_t_tail_has_the_tables_values(t, df, p):
+    assert stats.t_tail(t, df) == pytest.approx(p, rel=2e-4)
+
+
+def test_t_tail_is_exact_symmetric_and_normal_in_the_limit():
+    for t in (-40, -0.3, 0, 2, 300):                             # closed forms of df = 1, 2
+        assert stats.t_tail(t, 1) == pytest.approx(.5 - math.atan(t) / math.pi, abs=1e-12)
+        assert stats.t_tail(t, 2) == pytest.approx(.5 - t / math.sqrt(2 + t * t) / 2, abs=1e-12)
+        for df in (3, 1000):
+            assert stats.t_tail(t, df) + stats.t_tail(-t, df) == pytest.approx(1, abs=1e-10)
+    assert stats.t_tail(math.inf, 3) == 0 and stats.t_tail(2.326348, 1e4) == pytest.approx(
+        .01, abs=2e-5)
+
+
+def test_paired_test_by_hand_over_common_seeds():
+    mine, its = {3: 8., 0: 1., 1: 2., 2: 3., 9: 50.}, {0: 2., 1: 4., 2: 6., 3: 10., 7: 0.}
+    n, mean, sd, t, p = stats.paired_test(mine, its)             # differences -1, -2, -3, -2
+    assert (n, mean) == (4, -2) and sd == pytest.approx(math.sqrt(2 / 3))
+    assert t == pytest.approx(-2 * math.sqrt(6)) and p == pytest.approx(0.008138, abs=1e-6)
+    assert stats.paired_test(its, mine)[4] == pytest.approx(1 - p)      # higher is no success
+    assert stats.paired_test(mine, mine)[4] == pytest.approx(0.5)
+    assert math.isnan(stats.paired_test({}, {})[4])
+
+
+def test_target_test_by_hand():
+    values = (0.10, 0.12, 0.11, 0.11)                            # sd sqrt(2/3) / 100
+    sd = math.sqrt(2 / 3) / 100
+    bound, p, student = stats.target_test(values, 0.11 + 2.326348 * sd / 2, 1e-6)
+    assert bound == pytest.approx(0.11 + 2.326 * sd / 2) and p == pytest.approx(0.01, rel=1e-5)
+    assert student == pytest.approx(stats.t_tail(2.326348, 3))
+    assert stats.target_test(values, 0.1, 0.04)[0] == pytest.approx(0.11 + 2.326 * 0.02)  # floor
+    bound, p, student = stats.target_test(values[:1], 0.2, 0.01)        # of one run: the floor
+    assert bound == pytest.approx(0.12326) and p < 1e-9 and math.isnan(student)
+
+
+# ----- Logs ---------------------------------------------------------------------------------------
+
+def test_parse_log_reads_the_training_scripts_log():
+    folder = ROOT / "records/cifar10/2026-11-20_First-run"
+    log = stats.parse_log(folder / "log.txt")
+    assert log["source"] == (folder / "train_speedrun.py").read_bytes()
+    assert log["machine"] == "1 x AMD EPYC, 2 threads, python 3.11.7, torch 2.15.0+cu132"
+    assert log["hardware"] == "1 x AMD EPYC, 2 threads" and not log["trial"]
+    assert (log["images"], log["val_loss"], log["seed"]) == (153600, 0.19269, 0)
+    assert len(log["points"]) == 5 and log["points"][-1] == (153600, 317.913, 0.19269)
+    assert json.loads(log["hyperparameters"])["steps"] == 2400
+
+
+def test_a_log_cut_anywhere_is_one_clear_line(tmp_path, capsys):
+    write_log(tmp_path / "log.txt")
+    data = (tmp_path / "log.txt").read_bytes()
+    for size in [*range(0, len(data), 37), len(data) - 1, len(data) - 80]:
+        (tmp_path / "cut.txt").write_bytes(data[:size])
+        assert stats.main([str(tmp_path / "cut.txt")]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and error.startswith("stats.py: ") and "cut.txt" in error
+
+
+@pytest.mark.parametrize("change", [dict(last=0.1), dict(val_loss="nan"), dict(seed="x")])
+def test_a_log_that_contradicts_itself_does_not_parse(tmp_path, change):
+    write_log(tmp_path / "log.txt", **change)
+    with pytest.raises(stats.UserError, match="log.txt is not a finished run's whole log"):
+        stats.parse_log(tmp_path / "log.txt")
+
+
+def test_single_logs_get_statistics_and_their_own_checks(tmp_path, capsys):
+    write_log(tmp_path / "log.txt", seed=7)
+    assert stats.main([str(tmp_path / "log.txt")]) == 0
+    assert "val_loss: mean 0.19000" in capsys.readouterr().out
+    write_log(tmp_path / "log.txt", resumed=1)
+    assert stats.main([str(tmp_path / "log.txt")]) == 1
+    assert "\nFAIL final step: " in capsys.readouterr().out
+
+
+# ----- Records ------------------------------------------------------------------------------------
+
+def test_a_valid_record_passes_with_its_statistics(project, capsys):
+    folder = write_record(project)
+    assert stats.main([str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "FAIL" not in out and out.count("\nok   ") >= 15
+    assert "n 4, val_loss: mean 0.18905, sd 0.00029, min 0.1887, max 0.1894" in out
+    assert f"{MACHINE}; 64,000 images" in out and "train_time_s: mean 100.0, sd 0.0" in out
+
+
+LOG3 = "log_seed3.txt"
+BROKEN = {   # what is done to a valid record: how the one line starts that says so
+    "source in the log": (lambda f: edit(f / LOG3, "lr=0.1", "lr=0.5"), "source: |snapshot: "),
+    "snapshot": (lambda f: edit(f / "train_speedrun.py", "lr=0.1", "lr=0.5"),
+                 "snapshot: |results.json: code"),
+    "another steps": (lambda f: write_log(f / LOG3, 3, steps=999), "final step: |the same config"),
+    "resumed": (lambda f: write_log(f / LOG3, 3, resumed=1), "final step: "),
+    "resumed all": (lambda f: [edit(f / f"log_seed{k}.txt", "resumed: 0", "resumed: 1")
+                               for k in range(4)], "final step: "),
+    "compiled": (lambda f: write_log(f / LOG3, 3, graphs_compiled_on_the_clock=1), "final step: "),
+    "a trial": (lambda f: write_log(f / LOG3, 3, header=" (a part: a trial, no record)"),
+                "final step: "),
+    "another config": (lambda f: write_log(f / LOG3, 3, lr=0.3), "the same config"),
+    "another config's name": (lambda f: write_log(f / LOG3, 3, config="b"), "the same config"),
+    "other data": (lambda f: write_log(f / LOG3, 3, data_sha256="d"), "world_size"),
+    "another world": (lambda f: write_log(f / LOG3, 3, world_size=2), "world_size"),
+    "other parameters": (lambda f: write_log(f / LOG3, 3, parameters=1), "world_size"),
+    "another torch": (lambda f: write_log(f / LOG3, 3, machine=MACHINE + "1"), "world_size"),
+    "three seeds": (lambda f: (f / LOG3).unlink(), "seeds "),
+    "a gap": (lambda f: (f / LOG3).rename(f / "log_seed4.txt") and edit(
+        f / "log_seed4.txt", "seed: 3", "seed: 4"), "seeds "),
+    "a run twice": (lambda f: edit(f / LOG3, "_log_seed3_", "_log_seed2_"), "seeds "),
+    "a seed twice": (lambda f: write_log(f / LOG3, 2), "seeds "),
+    "many evaluations": (lambda f: write_log(f / LOG3, 3, sampling_nfe=101), "results.json: 101 "),
+    "no samples": (lambda f: (f / "samples.png").unlink(), "folder: "),
+    "another track": (lambda f: write_log(f / LOG3, 3, track="imagenet256"), "folder: "),
+    "high loss": (lambda f: [write_log(f / f"log_seed{k}.txt", k, loss=0.189 + 0.009 * (k > 0))
+                             for k in range(4)], "target: "),
+    "results of no log": (lambda f: edit_results(f, run_id="x"), "results.json: (run|val_loss) "),
+    "results of another seed": (lambda f: edit_results(f, seed=1), "results.json: run "),
+    "results of other images": (lambda f: edit_results(f, images=1), "results.json: run "),
+    "results on other data": (lambda f: edit_results(f, rules=dict(
+        contract="as published", data_sha256="d")), "results.json: run "),
+    "results twice": (lambda f: shutil.copy(f / "results.json", f / "results_seed0.json"),
+                      "results_seed0.json: (run|val_loss) "),
+    "another loss": (lambda f: edit_results(f, val_loss=0.1893), "results.json: val_loss "),
+    "results of other code": (lambda f: edit_results(f, code_sha256="x"), "results.json: code_"),
+    "an edited contract": (lambda f: edit_results(f, rules=dict(
+        contract="edited: 1", data_sha256="c0" * 32)), "results.json: contract edited"),
+    "an edited referee": (lambda f: edit_results(f, referee_sha256="x"), "results.json: referee "),
+    "evaluations counted": (lambda f: edit_results(f, nfe=100.5), "results.json: 100.5 network"),
+    "too many gflops": (lambda f: edit_results(f, gflops=2.01), "results.json: 2.01 GFLOP"),
+    "no gflops": (lambda f: edit_results(f, gflops=None), "results.json: None GFLOP"),
+    "no loss": (lambda f: edit_results(f, val_loss=math.nan), "results.json: val_loss "),
+    "no section": (lambda f: edit(f / "README.md", "Text.", "Predecessor: 2026-12-01_Better"),
+                   "README.md: |paired "),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_record_is_refused_for_its_cause_alone(project, capsys, how):
+    folder = write_record(project)
+    BROKEN[how][0](folder)
+    found, wanted = failures(folder, project), BROKEN[how][1]
+    assert found and [text for text in found if not re.match(wanted, text)] == [], found
+    assert all(any(re.match(part, text) for text in found) for part in wanted.split("|")
+               if "(" not in wanted)
+    assert stats.main([str(folder)]) == 1 and "\nFAIL " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", [
+    "torch._inductor.config.x = 1", "import torch._inductor as i", 'os.environ["TORCHINDUCTOR_X"]',
+    'compile(f, mode="max-autotune")', "compile(f, mode='max-autotune')", "coordinate_descent = 1"])
+def test_compile_flags_are_refused(project, flag):
+    assert [text.split(":")[0] for text in failures(
+        write_record(project, source=SOURCE + flag + "\n"), project)] == ["compile flags"]
+
+
+def test_the_contract_is_that_of_the_project_and_only_it(project):
+    edited = SOURCE.replace("TRACKS = 1", "TRACKS = 2")
+    assert failures(write_record(project, source=edited), project) == [
+        "contract: the snapshot's section is that of train_speedrun.py"]
+    none = write_record(project, "2026-12-02_None", source="steps=1_000\n")
+    (project / "train_speedrun.py").write_text("nothing")        # two without are not the same
+    assert "contract: " in failures(none, project)[0]
+    text = (ROOT / "train_speedrun.py").read_bytes()
+    assert stats.sha256(stats.contract_of(text)) == ev.CONTRACT_SHA256
+
+
+def test_large_logs_are_refused(project):
+    room = 65 * 1024 - stats.parse_log(write_record(project) / LOG3)["bytes"]
+    for size, wanted in ((room - 1, []), (room, ["size: "])):    # a line more is its end, too
+        folder = write_record(project, f"2026-12-02_{size}", source=SOURCE + "#" * size + "\n")
+        assert [text[:6] for text in failures(folder, project)] == wanted
+
+
+def test_the_target_counts_noise_and_the_floor(project, monkeypatch):
+    folder = write_record(project, losses=(0.19, 0.19, 0.19, 0.19))
+    rule = dict(metric="val_loss", floor=0.001, gflops=None, baseline=None)
+    for value, good in ((0.19117, True), (0.19116, False), (None, True)):    # 0.19 + 2.326 / 2000
+        monkeypatch.setitem(stats.TARGET, "cifar10", rule | dict(value=value))
+        assert stats.check_target(stats.load(folder))[0] is good
+    assert "no target fixed yet" in stats.check_target(stats.load(folder))[1]
+
+
+def test_fid_is_taken_from_all_results_files(project):
+    folder = write_record(project, track="imagenet256")
+    for seed, fid in enumerate((3.40, 3.46, 3.43)):
+        facts = stats.parse_log(folder / f"log_seed{seed}.txt")
+        write_results(folder, facts, f"results_seed{seed}.json", metrics={"FID-50k": fid})
+    (folder / "results.json").unlink()
+    shutil.move(folder / "results_seed0.json", folder / "results.json")
+    assert stats.target_values(stats.load(folder)) == [3.40, 3.46, 3.43]
+    assert failures(folder, project) == []                       # 3.43 + 2.326 * 0.03 / sqrt(3)
+    for seed in (1, 2):
+        (folder / f"results_seed{seed}.json").unlink()
+    for fid, wanted in ((3.44, []), (3.45, ["target: FID-50k"]), (None, ["target: FID-50k"])):
+        edit_results(folder, metrics={"FID-50k": fid})           # of one run: + 2.326 * 0.02
+        assert [text[:15] for text in failures(folder, project)] == wanted
+
+
+# ----- Predecessors -------------------------------------------------------------------------------
+
+def test_a_record_better_than_its_predecessor_passes(pair, project, capsys):
+    assert failures(pair[0], project) == []
+    assert stats.main([str(pair[0])]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"\nok   paired test: 4 seeds, .* -0\.00640, sd 0\.00027, t -47\.\d\d, p", out)
+    assert "ok   paired race: 64,000.0 images after 80,000.0" in out
+
+
+def paired_logs(folder, losses=(0.1890, 0.1882, 0.1890, 0.1886), steps=1250, old="", new="", **log):
+    shutil.rmtree(folder / "paired")
+    for seed, loss in enumerate(losses):
+        write_log(folder / f"paired/log_seed{seed}.txt", seed, loss, steps, SOURCE.replace(
+            "=1_000", f"={steps}").replace(old, new), run_id=f"paired{seed}", **log)
+
+
+UNPAIRED = {
+    "no better": (lambda f: paired_logs(f, (0.1954, 0.1949, 0.1953, 0.1948)), "paired test: "),
+    "better by chance": (lambda f: paired_logs(f, (0.1854, 0.1949, 0.1953, 0.1948)), "paired test"),
+    "worse": (lambda f: paired_logs(f, (0.2, 0.2, 0.2, 0.2)), "paired test: "),
+    "other images": (lambda f: paired_logs(f, steps=1251), "paired images "),
+    "another idea": (lambda f: paired_logs(f, old="lr=0.1", new="lr=0.2"), "paired source: the r"),
+    "sampled else": (lambda f: paired_logs(f, old="sample_steps=30", new="sample_steps=31"),
+                     "paired source: the record's"),
+    "another config": (lambda f: paired_logs(f, config="b"), "paired source: the record's"),
+    "other data": (lambda f: paired_logs(f, data_sha256="d"), "paired images "),
+    "resumed": (lambda f: paired_logs(f, resumed=1), "paired final step: "),
+    "forged": (lambda f: paired_logs(f, code_sha256="0"), "paired source: code_sha256 "),
+    "a seed is missing": (lambda f: (f / "paired/log_seed2.txt").unlink(), "paired (seeds|test)"),
+    "few seeds in common": (lambda f: (f.parent / "2026-11-01_Baseline" / LOG3).unlink(),
+                            "paired test: 3 seeds"),
+    "none": (lambda f: shutil.rmtree(f / "paired"), "paired images |paired test: "),
+    "no section": (lambda f: edit(f / "README.md", "## Paired", "Paired"), "README.md: "),
+}
+
+
+@pytest.mark.parametrize("how", UNPAIRED)
+def test_an_unproven_improvement_is_refused(pair, project, how):
+    UNPAIRED[how][0](pair[0])
+    found = failures(pair[0], project)
+    assert found and [x for x in found if not re.match(UNPAIRED[how][1], x)] == [], found
+
+
+def test_more_images_than_the_predecessor_are_refused(project):
+    """Even with a lower loss: and its own logs are the paired ones where the images are equal."""
+    before = write_record(project, "2026-11-01_Baseline", BEFORE)
+    after = write_record(project)
+    found = failures(after, project, before)
+    assert [text[:11] for text in found] == ["paired race"], found
+    assert failures(before, project, after) != found
+    assert failures(after, project) == []                        # without one, no such check
+
+
+def test_the_race_by_seconds_needs_one_machine(project):
+    """imagenet256 may use as many images, in less time on the same hardware."""
+    for name, losses, log in (("2026-11-01_A", BEFORE, dict(seconds=100.0)),
+                              ("2026-11-02_B", LOSSES, dict(seconds=90.0)),
+                              ("2026-11-03_C", LOSSES, dict(seconds=80.0, machine="8 x B200, "
+                                                            "python 3.11.7, torch 2.15.0"))):
+        folder = write_record(project, name, losses, track="imagenet256", **log)
+        edit_results(folder, metrics={"FID-50k": 3.3})
+    a, b, c = sorted((project / "records/imagenet256").iterdir())
+    assert failures(b, project, a) == []
+    assert [text[:11] for text in failures(c, project, a)] == ["paired race"]
+
+
+def test_against_replaces_the_readmes_predecessor(pair, project, capsys):
+    other = write_record(project, "2026-11-02_Other", LOSSES, 1250,
+                         source=SOURCE.replace("1_000", "1250"))
+    assert stats.main([str(pair[0])]) == 0
+    assert stats.main([str(pair[0]), "--against", str(other)]) == 1
+    assert "FAIL paired test: " in capsys.readouterr().out
+    edit(pair[0] / "README.md", "2026-11-01_Baseline", "2026-11-01_Nothing")
+    assert stats.main([str(pair[0])]) == 2
+    assert "2026-11-01_Nothing" in capsys.readouterr().err
+
+
+# ----- The referee's history ----------------------------------------------------------------------
+
+def test_any_committed_referee_is_published_and_no_other(project):
+    def git(*args):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c",
+                        "commit.gpgsign=false", *args], cwd=project, check=True,
+                       capture_output=True)
+    keys = [ev.key_of(sha256(x), sha256("networks")) for x in ("referee", "second", "uncommitted")]
+    assert stats.referees(project) == {keys[0]}                  # no repository: the working tree
+    git("init", "-q")
+    for text in ("referee", "second"):
+        (project / "eval_speedrun.py").write_text(text)
+        git("add", ".")
+        git("commit", "-q", "-m", text)
+    (project / "eval_speedrun.py").write_text("uncommitted")
+    stats.referees.cache_clear()
+    assert stats.referees(project) == set(keys)
+    assert failures(write_record(project), project) == []        # it was refereed by the first
+
+
+def test_the_referees_hash_is_the_one_of_its_results():
+    referee = ev.key_of(*(ev.sha256_of(ROOT / f) for f in ("eval_speedrun.py", "data/networks.py")))
+    assert referee in stats.referees(ROOT)
+
+
+# ----- Table, picture, errors ---------------------------------------------------------------------
+
+def test_readme_gets_the_tables_and_keeps_the_rest(pair, project, capsys):
+    edit_results(write_record(project, "2026-12-03_Bad"), nfe=101)
+    (project / "records/cifar10/2026-12-04_Empty").mkdir()
+    assert stats.main([str(pair[1]), "--readme"]) == 1           # the baseline misses the target
+    assert stats.main(["--readme"]) == 0
+    err = capsys.readouterr().err
+    for name in ("Bad: results.json: 101 network", "Empty: ", "2026-11-01_Baseline: target: "):
+        assert name in err
+    text = (project / "README.md").read_bytes().decode()
+    assert text == (
+        "# P\r\n\n<!-- records:cifar10 -->\n"
+        "| # | images | val loss (mean ± sd, n) | what | date | seconds | log |\n"
+        "|---|---|---|---|---|---|---|\n"
+        "| 1 | 64,000 | 0.18905 ± 0.00029, 4 | [Better](records/cifar10/2026-12-01_Better) | "
+        "2026-12-01 | 100.0 on 1 x NVIDIA H200 | "
+        "[log](records/cifar10/2026-12-01_Better/log_seed0.txt) |\n"
+        "<!-- /records -->\n\n<!-- records:imagenet256 -->\nNo record yet.\n<!-- /records -->\n"
+        "|\xa0end")
+    stats.main(["--readme"])
+    assert (project / "README.md").read_bytes().decode() == text        # again: the same
+    assert not [*project.glob("*.tmp")]
+
+
+def test_the_table_is_in_the_order_of_the_race(project):
+    """By images, most first; on imagenet256 by train seconds."""
+    for track, wanted in (("cifar10", ["B", "C", "A"]), ("imagenet256", ["C", "A", "B"])):
+        records = []
+        for name, steps, seconds in (("A", 500, 200.0), ("B", 900, 100.0), ("C", 700, 300.0)):
+            folder = write_record(project, f"2026-12-01_{name}", steps=steps, seconds=seconds,
+                                  track=track)
+            edit_results(folder, metrics={"FID-50k": 3.3})
+            records.append(stats.load(folder))
+        rows = stats.table(track, records).splitlines()[2:]
+        assert [re.search(r"\[(\w): a / b\]", row)[1] for row in rows] == wanted
+        assert [row[:5] for row in rows] == ["| 1 |", "| 2 |", "| 3 |"]
+    assert "| 3.30000 ± 0.00000, 1 |" in rows[0]
+
+
+@pytest.mark.parametrize("old, new", [("<!-- records:cifar10 -->", ""),
+                                      ("<!-- records:imagenet256 -->", ""),
+                                      ("old\n<!-- /records -->", "old"),
+                                      ("<!-- records:imagenet256 --><!-- /records -->",
+                                       "<!-- records:imagenet256 -->")])
+def test_a_missing_marker_is_named_and_nothing_is_written(project, capsys, old, new):
+    path = project / "README.md"
+    path.write_bytes(before := path.read_bytes().replace(old.encode(), new.encode()))
+    assert stats.main(["--readme"]) == 2
+    assert re.fullmatch(r"stats.py: README.md lacks a marker: .*<!-- records:\w+ -->.*\n",
+                        capsys.readouterr().err)
+    assert path.read_bytes() == before
+
+
+def test_a_table_that_cannot_be_put_in_place_leaves_readme_whole(project, monkeypatch, capsys):
+    def full(*args):
+        raise OSError("disk full")
+    before = (project / "README.md").read_bytes()
+    monkeypatch.setattr("os.replace", full)
+    assert stats.main(["--readme"]) == 2 and "README.md (disk full)" in capsys.readouterr().err
+    assert (project / "README.md").read_bytes() == before and not [*project.glob("*.tmp")]
+
+
+def test_the_curve_is_the_mean_of_the_seeds(project, monkeypatch):
+    from matplotlib.figure import Figure
+    folder, figures, save = write_record(project), [], Figure.savefig
+    write_log(folder / LOG3, 3, 0.1891, seconds=140.0)
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: figures.append(f) or save(f, *a, **k))
+    picture = project / "new/curve.png"
+    assert stats.main([str(folder), str(folder / LOG3), "--plot", str(picture)]) == 0
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    for axis, x in zip(figures[0].axes, ((32_000, 64_000), (55, 110))):
+        mean, = [line for line in axis.lines if line.get_label() == "2026-12-01_Better, 4"]
+        assert mean.get_xdata() == pytest.approx(x)
+        assert mean.get_ydata() == pytest.approx((0.20905, 0.18905))
+        assert len(axis.lines) == 4 + 1 + 1 + 1 and mean.get_alpha() is None
+        assert sum((line.get_alpha() or 1) < 0.5 for line in axis.lines) == 5
+    write_log(folder / LOG3, 3, 0.1891, steps=1002)
+    with pytest.raises(stats.UserError, match="no mean curve"):
+        stats.draw_curves([stats.load(folder)], picture)
+
+
+ERRORS = {
+    "no such folder": (lambda f: shutil.rmtree(f), "Better is missing"),
+    "no logs": (lambda f: [p.unlink() for p in f.glob("log_*")], "log.txt is missing"),
+    "no readme": (lambda f: (f / "README.md").unlink(), "README.md is missing"),
+    "no snapshot": (lambda f: (f / "train_speedrun.py").unlink(), "train_speedrun.py is missing"),
+    "no results": (lambda f: (f / "results.json").unlink(), "results.json is missing"),
+    "damaged results": (lambda f: (f / "results.json").write_text("{"), "damaged results"),
+    "foreign results": (lambda f: (f / "results.json").write_text("[]"), "damaged results"),
+    "a damaged log": (lambda f: edit(f / LOG3, "=" * 100, ""), "log_seed3.txt is not"),
+    "a binary log": (lambda f: (f / LOG3).write_bytes(b"\xff" * 999), "log_seed3.txt is not"),
+    "an unknown track": (lambda f: [write_log(f / f"log_seed{k}.txt", k, track="mnist")
+                                    for k in range(4)], "of the track 'mnist'"),
+}
+
+
+@pytest.mark.parametrize("how", ERRORS)
+def test_bad_input_is_one_line_and_exit_code_2(project, capsys, how):
+    folder = write_record(project)
+    ERRORS[how][0](folder)
+    assert stats.main([str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("stats.py: ") and error.count("\n") == 1 and ERRORS[how][1] in error
+
+
+def test_stats_without_arguments_says_what_to_give(capsys):
+    assert stats.main([]) == 2 and "give the folder of a record" in capsys.readouterr().err
+
+
+def test_a_single_log_is_an_example_whatever_its_checks_say(project, capsys):
+    folder = write_record(project)
+    (folder / "log_seed0.txt").rename(folder / "log.txt")
+    for k in (1, 2, 3):
+        (folder / f"log_seed{k}.txt").unlink()
+    edit_results(folder, nfe=101)
+    assert stats.main([str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "an example, no record" in out and "\nnote seeds [0]" in out and "FAIL" not in out
+    assert "\nnote results.json: 101 network evaluations" in out
+    stats.main(["--readme"])
+    assert "64,000" not in (project / "README.md").read_text()
+
+
+def test_the_first_run_is_an_example_on_the_command_line(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "records/stats.py",
+                           ROOT / "records/cifar10/2026-11-20_First-run"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == "", done.stderr[-2000:]
+    assert "2026-11-20_First-run: an example, no record" in done.stdout
+    assert "min 0.19269" in done.stdout and "FAIL" not in done.stdout
+
+
+def test_stats_keeps_to_its_size():
+    lines = Path(stats.__file__).read_text().splitlines()
+    assert len(lines) <= 380 and max(map(len, lines)) <= 100
+
+
+def test_a_series_becomes_a_record(trained, project, capsys):
+    """Runs as they lie in logs/ -> the folder that the checks read; nothing of other scripts."""
+    folder = project / "records" / "cifar10" / "2026-12-02_New"
+    assert stats.main(["--new", str(folder), str(trained)]) == 0
+    assert (folder / "log_seed0.txt").read_bytes() == (trained / "log.txt").read_bytes()
+    assert {p.name for p in folder.iterdir()} == {
+        "log_seed0.txt", "train_speedrun.py", "results.json", "samples.png", "curve.png",
+        "README.md"}
+    other = shutil.copytree(trained, project / "other")
+    text = (other / "log.txt").read_text()
+    (other / "log.txt").write_text("# edited\n" + text)
+    assert stats.main(["--new", str(folder), str(trained), str(other)]) == 2
+    assert "not one series" in capsys.readouterr().err
+    (trained / "results.json").rename(trained / "away.json")
+    try:
+        assert stats.main(["--new", str(project / "x"), str(trained)]) == 2
+        assert stats.main(["--new", str(folder / "paired"), str(trained)]) == 0
+    finally:
+        (trained / "away.json").rename(trained / "results.json")
+    assert [p.name for p in (folder / "paired").iterdir()] == ["log_seed0.txt"]
+
+
+def test_the_baseline_fixes_the_target(project, monkeypatch):
+    monkeypatch.setitem(stats.TARGET, "cifar10", dict(
+        metric="val_loss", value=0.2122, floor=0.0002, gflops=None, baseline="2026-12-01_First"))
+    losses = (0.2121, 0.2123, 0.2122, 0.2122)
+    assert failures(write_record(project, "2026-12-01_First", losses), project) == []
+    other = write_record(project, "2026-12-03_Other", losses)    # not below it, of no predecessor
+    assert [text.split(":")[0] for text in failures(other, project)] == ["target", "README.md"]
+    high = write_record(project / "high", "2026-12-01_First", [loss + 1e-4 for loss in losses])
+    assert any("fixed by this series" in text for text in failures(high, project))
 
 
 if __name__ == "__main__":
