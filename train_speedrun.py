@@ -120,7 +120,7 @@ class Config:
 CONFIGS = {
     "cifar10": Config(             # one GPU
         track="cifar10", patch=2, width=512, depth=12, flip=True,
-        batch_size=512, steps=10_000, save_every=2000, guidance=2.0),
+        batch_size=256, steps=20_000, save_every=2000, guidance=2.0),
     "cifar10-cpu": Config(         # a laptop, in minutes
         track="cifar10", patch=4, width=192, depth=4, flip=True,
         batch_size=64, steps=2400, muon_lr=0.025, adamw_lr=2e-3, cooldown=1.0,

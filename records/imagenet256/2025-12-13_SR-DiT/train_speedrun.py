@@ -120,7 +120,7 @@ class Config:
 CONFIGS = {
     "cifar10": Config(             # one GPU
         track="cifar10", patch=2, width=512, depth=12, flip=True,
-        batch_size=512, steps=10_000, save_every=2000, guidance=2.0),
+        batch_size=256, steps=20_000, save_every=2000, guidance=2.0),
     "cifar10-cpu": Config(         # a laptop, in minutes
         track="cifar10", patch=4, width=192, depth=4, flip=True,
         batch_size=64, steps=2400, muon_lr=0.025, adamw_lr=2e-3, cooldown=1.0,
@@ -156,9 +156,10 @@ def check_config(cfg: Config, W: int):
         f"route_dense {cfg.route_dense}, twice, leaves no middle of depth {cfg.depth}")
     assert not cfg.cfm or images_per_forward(cfg, W, cfg.batch_size) % 2 == 0, (
         "cfm pairs images: give each forward an even number of them")
-    assert set(cfg.repa_layers) <= set(range(1, cfg.depth + 1)), (
-        f"repa_layers {cfg.repa_layers} are not in 1 .. depth {cfg.depth}")
-    assert not cfg.repa_layers or math.prod(track.shape[1:]) == PATCHES * cfg.patch ** 2, (
+    layers = cfg.repa_layers
+    assert set(layers) <= set(range(1, cfg.depth + 1)) and bool(layers) == bool(cfg.repa), (
+        f"repa {cfg.repa} and repa_layers {layers}: give both or none, layers in 1 .. {cfg.depth}")
+    assert not layers or math.prod(track.shape[1:]) == PATCHES * cfg.patch ** 2, (
         f"alignment needs one token for each of the {PATCHES} patches that DINOv2 saw")
     assert sampling_nfe(cfg) <= track.max_nfe, (
         f"sample takes {sampling_nfe(cfg)} network evaluations an image, more than {track.max_nfe}")
@@ -491,12 +492,12 @@ def training_loss(model: nn.Module, b: Batch) -> Tensor:
         aligned = [project(x[:, T:]) for project, x in zip(model.projectors, states)]
     error = (v - target).square()
     loss = error[:, :M].mean(dim=1)
-    if cfg.cfm:             # away from another image's velocity: arXiv 2506.05350, eq. 4
+    if cfg.cfm:             # away from another image's velocity: arXiv 2506.05350
         other = target.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
         loss = loss - cfg.cfm * (v - other)[:, :M].square().mean(dim=1)
-    if cfg.reg:             # REG, eq. 7
+    if cfg.reg:             # the class token has a velocity, too: REG
         loss = loss + cfg.reg * error[:, M:].mean(dim=1)
-    for z in aligned:       # REPA, eq. 8
+    for z in aligned:       # REPA: arXiv 2410.06940
         aim = b.features[:, 1 - bool(cfg.reg):]
         if z.shape[1] < aim.shape[1]:                            # in the routed middle
             aim = take(aim, keep[:, T:] - T)
