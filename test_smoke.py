@@ -2003,6 +2003,7 @@ def test_patch_features_survive_their_compression(imagenet, monkeypatch, capsys)
     images = torch.full((4, 3, 8, 8), 77, dtype=torch.uint8)
     kept, wanted, stored = features(images), tokens(None, images), load_file(path)
     assert kept.dtype == torch.int8 and kept.shape == (4, 257, 64)
+    assert kept.shape[1:] == (1 + ts.PATCHES, ts.PCA)            # what the training script reads
     for i, kind in enumerate(networks.PatchFeatures.KINDS):
         back = stored["mean"][i] + (kept[:, kind] * stored["scale"][i]) @ stored["basis"][i].T
         error = (back - wanted[:, kind]).square().sum() / (wanted[:, kind] - 1).square().sum()

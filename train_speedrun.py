@@ -650,11 +650,12 @@ def scaled(track: Track, stored: Tensor) -> Tensor:
 
 def route(cfg: Config, context: int, step: int, u: Tensor):
     """(keep, skip) of a Batch from uniform u (B, 1 + N); the counts depend on `step` alone."""
-    skip, patches = u[:, 0] < cfg.path_drop, u[:, 1:].argsort(dim=1) + context
-    routed = cfg.route_keep < 1 and step < (1 - cfg.dense_tail) * cfg.steps
+    skip, order = u[:, 0] < cfg.path_drop, u[:, 1:]
+    if cfg.route_keep == 1 or step >= (1 - cfg.dense_tail) * cfg.steps:
+        return order[:, :0].long(), skip
     first = torch.arange(context, device=u.device).expand(len(u), -1)          # always kept
-    keep = torch.cat([first, patches[:, :round(cfg.route_keep * patches.shape[1])]], dim=1)
-    return keep[:, :None if routed else 0], skip
+    patches = order.argsort(dim=1)[:, :round(cfg.route_keep * order.shape[1])] + context
+    return torch.cat([first, patches], dim=1), skip
 
 def make_batch(state, captions: Captions, rows: list, seed: int, step: int) -> Batch:
     """This process's slice of a global batch, from its stored rows (see Shards.gather). All that is
@@ -882,8 +883,7 @@ def train(name: str, seed: int, resume: Path | None, world: World) -> Path:
     folder = resume or Path("logs", f"{datetime.now():%Y%m%d-%H%M%S}_{name}_seed{seed}")
 
     def save(step: int):
-        """State to resume from; where it is time, validation and checkpoint before it. Rank 0
-        writes; where it cannot, its end ends the others."""
+        """State to resume from and, where it is time, validation and checkpoint; rank 0 writes."""
         if step in eval_at:
             meta["val_loss"] = validate(state, val, captions)
             report(step, "val_loss", meta["val_loss"])
