@@ -1557,6 +1557,20 @@ print(threads() - before)"""
     assert python(tmp_path, "-c", code, OMP_NUM_THREADS="2").stdout.split() == ["1"]
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_used_again(tmp_path):
+    """A buffer of 64 MiB comes without page faults, once the heap has a place for it."""
+    code = f"""import resource, sys; sys.path[:0] = [{str(ROOT)!r}]
+import train_speedrun as ts
+ts.World()
+faults = []
+for i in range(20):
+    ts.torch.ones(2 ** 24)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[-11])"""
+    assert int(python(tmp_path, "-c", code).stdout) < 1000       # otherwise 16,384 each of 10 times
+
+
 def benchmark_loader(count: int = 50_000, batch: int = 256):
     """python test_smoke.py: latents per second of the loader, from the page cache."""
     with tempfile.TemporaryDirectory() as folder:

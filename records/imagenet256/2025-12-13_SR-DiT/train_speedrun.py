@@ -5,15 +5,14 @@
     SEED=1 python train_speedrun.py         another seed
     RESUME=logs/<run_id> python ...         continue a killed run to the weights it would have had
 
-Everything else is edited in this file: it is copied whole into its own log, and the copy is what
-the referee imports. A racer may change all of it but the contract. The referee uses five names:
+Everything else is edited in this file of at most 1,000 lines. It is copied into its own log, and
+the copy is what the referee imports. All but the contract may change. The referee uses five names:
 CONFIGS, Text, load_checkpoint(path), velocity(model, x, t, text), sample(model, noise, text, fresh)
 
 Clock  In: all from the fetch of the first batch on: tables derived from the data, steps, log lines.
        Out: process start, compilation and warm-up on noise, validation, checkpoint writes.
-Sizes  B images, C x H x W latent, N = (H/patch)(W/patch) patches, D width, T caption tokens.
-Cap    1,000 lines (tested)."""
-import copy, gc, hashlib, json, math, os, platform, re, resource, signal, sys, time  # noqa: E401
+Sizes  B images, C x H x W latent, N = (H/patch)(W/patch) patches, D width, T caption tokens."""
+import copy, ctypes, gc, hashlib, json, math, os, platform, re, resource, signal, sys, time  # noqa
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -291,9 +290,9 @@ class Batch(NamedTuple):
     tokens: Tensor    # (B, T, text_width)
     keep: Tensor      # (B, K) tokens that enter the middle blocks, int64; K = 0: all
     skip: Tensor      # (B,) bool: images that do not enter them
-    features: Tensor  # (B, 1 + PATCHES, PCA): of DINOv2, class token and patches, centred
+    features: Tensor  # (B, 1 + PATCHES, PCA): of DINOv2, centred; std of the first component: 1
 
-PATCHES, PCA = 256, 64  # DINOv2-B's patches of an image, and the principal components kept of each
+PATCHES, PCA = 256, 64  # DINOv2-B's patches (after a class token) and the components kept of each
 
 def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],))
@@ -419,8 +418,8 @@ class Transformer(nn.Module):
                 states.append(x)
         return x, values, states
     def forward(self, z: Tensor, t: Tensor, text: Text, keep=None, skip=None):
-        """keep (B, K), skip (B,): see Batch; None: all tokens, no image. Returns the velocity and
-        the states (B, n, D) that are to be aligned."""
+        """keep (B, K), skip (B,): see Batch; None: all tokens, no image; skip True: every image.
+        Returns the velocity and the states (B, n, D) that are to be aligned."""
         B, cfg, (C, H, W), p = len(z), self.cfg, self.track.shape, self.cfg.patch
         h, w = H // p, W // p
         # time and caption
@@ -447,13 +446,15 @@ class Transformer(nn.Module):
         if keep is not None:
             mid, mid_values = take(x, keep), take(values, keep, dim=2)
             mid_rope = tuple(a[0, 0][keep][:, None] for a in rope)              # (B, 1, K, hd / 2)
-        mid, _, more = self.run(range(edge, cfg.depth - edge), mid, mods, mid_rope, mid_values)
+        middle = range(edge, edge if skip is True else cfg.depth - edge)
+        mid, _, more = self.run(middle, mid, mods, mid_rope, mid_values)
         if edge:
             mask = self.mask_token.to(mid.dtype)
             if keep is not None:
-                at = keep[..., None].expand_as(mid)
-                mid = mask.expand_as(x).scatter(1, at, mid)
-            if skip is not None:
+                mid = mask.expand_as(x).scatter(1, keep[..., None].expand_as(mid), mid)
+            if skip is True:
+                mid = mask.expand_as(x)
+            elif skip is not None:
                 mid = torch.where(skip.view(-1, 1, 1), mask, mid)
             mid = F.linear(torch.cat([x.to(mid.dtype), mid], dim=2), self.fuse)  # SPRINT, eq. 4
         x, _, last = self.run(range(cfg.depth - edge, cfg.depth), mid, mods, rope, values)
@@ -529,21 +530,18 @@ def sample(model: nn.Module, noise: Tensor, text: Text, fresh=None) -> Tensor:
     for REG's class token. Euler on dz = v dt, or Euler-Maruyama on the reverse SDE with diffusion
     2t (SiT, eq. 8): its score -(z + (1 - t) v) / t makes the drift v + z + (1 - t) v. The null half
     of guidance (arXiv 2207.12598, eq. 6) leaves out the middle blocks where they are routed."""
-    cfg, B, M = model.cfg, len(noise), noise[0].numel()
+    cfg, B, M, null = model.cfg, len(noise), noise[0].numel(), model.null_text(len(noise))
 
     def joint(unit):
         return torch.cat([unit.flatten(1)] + ([fresh().flatten(1)[:, :PCA]] if cfg.reg else []), 1)
 
-    both = Text(*(torch.cat(pair) for pair in zip(text, model.null_text(B))))
-    null = torch.arange(2 * B, device=noise.device) >= B if cfg.route_keep < 1 else None
     z, times = joint(noise), sampling_times(cfg)
     for i, (t, t_next) in enumerate(zip(times, times[1:])):
         with autocast(cfg, z):
-            if guided(t, cfg):                                   # one call, two evaluations
-                v, _ = model(torch.cat([z, z]), z.new_full((2 * B,), t), both, None, null)
-                v = torch.lerp(v[B:], v[:B], cfg.guidance)
-            else:
-                v, _ = model(z, z.new_full((B,), t), text)
+            v, _ = model(z, z.new_full((B,), t), text)
+            if guided(t, cfg):                                   # a second evaluation
+                u, _ = model(z, z.new_full((B,), t), null, None, cfg.route_keep < 1)
+                v = torch.lerp(u, v, cfg.guidance)
         if cfg.sampler == "sde":
             v = v + z + (1 - t) * v
         z = z + (t_next - t) * v
@@ -599,15 +597,15 @@ class Shards:
 
 class Loader:
     """Training batches of this process's slice, fetched one step ahead by a thread. Their order is
-    a function of (seed, step) alone: one permutation per epoch, global batches cut end to end."""
+    a function of (seed, step) alone: one permutation per epoch, global batches cut end to end. The
+    thread uses numpy: a parallel torch operation in it starts OpenMP threads that slow the step."""
     def __init__(self, shards: Shards, cfg: Config, seed: int, world):
         self.shards, self.seed, self.batch = shards, seed, cfg.batch_size
         self.mine, self.device = world.part(cfg.batch_size), world.device
         self.pool, self.ahead = ThreadPoolExecutor(1), {}        # step -> batch on its way
     @lru_cache(maxsize=2)
     def order(self, epoch: int) -> np.ndarray:
-        g = torch.Generator().manual_seed(draw_seed(self.seed, epoch, stream=1))
-        return torch.randperm(self.shards.count, generator=g).numpy()
+        return np.random.default_rng(draw_seed(self.seed, epoch, 1)).permutation(self.shards.count)
     def fetch(self, step: int) -> list:
         at = np.arange(step * self.batch, (step + 1) * self.batch)[self.mine]
         rows = [self.order(int(e))[r] for e, r in zip(*np.divmod(at, self.shards.count))]
@@ -673,7 +671,6 @@ def make_batch(state, captions: Captions, rows: list, seed: int, step: int) -> B
     x = scaled(model.track, stored)
     if cfg.flip:
         x = torch.where(flip[mine].view(-1, 1, 1, 1) < 0.5, x.flip(-1), x)
-    # int8 -> standard deviations of the first component
     features = features[0].float() * (4 / 127) if features else x.new_zeros(len(x), 1, PCA)
     text, null = captions.pick(labels, caption[mine]), model.null_text(len(x))
     shown = (drop[mine] >= cfg.caption_drop).view(-1, 1)
@@ -693,6 +690,9 @@ class World:
         if torch.cuda.is_available():
             self.device = gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(gpu)
+        elif platform.libc_ver()[0] == "glibc":      # keep freed memory: new pages cost more
+            for option, value in ((-4, 0), (-1, -1)):            # M_MMAP_MAX, M_TRIM_THRESHOLD
+                ctypes.CDLL(None).mallopt(option, value)
         if self.size > 1:
             dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu,
                                     timeout=timedelta(minutes=10))   # of one collective
@@ -972,7 +972,7 @@ def main() -> int:
     world, status, env = None, 0, os.environ
 
     def terminated(signum, frame):
-        raise UserError("ended by SIGTERM; continue with RESUME=logs/<run_id>")
+        raise UserError("ended by SIGTERM (or another process died); RESUME=logs/<run_id> resumes")
     try:
         signal.signal(signal.SIGTERM, terminated)
         name, seed, resume = " ".join(sys.argv[1:]), env.get("SEED", "0"), env.get("RESUME")
