@@ -10,10 +10,10 @@ train_speedrun.py:compile=False,bf16=False. Both train on the same shards: data/
 there, else noise of its shape. A run is a process of its own; its time is what its own clock says
 between two of its logged steps, so warm-up and compilation are out. Besides steps/s, images/s and
 peak memory: FLOPs of forward and backward of one image (counted in eager PyTorch, of matrix
-products, convolutions and attention), the share of the peak that they come to (MFU), and the
-machine's own bf16 matrix product, which is the floor of a step.
+products, convolutions and attention), the share of the peak that they come to (MFU), the machine's
+own bf16 matrix product, which is the floor of a step, and the time of each part of a step.
 """
-import argparse, ast, difflib, importlib.util, json, re, statistics, subprocess  # noqa: E401
+import argparse, ast, difflib, importlib.util, json, os, re, statistics, subprocess  # noqa: E401
 import sys, tempfile, time  # noqa: E401
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +28,10 @@ VALIDATION = 64                                              # images: the copie
 # ---------------------------------------------------------------------------------------------
 # What runs in a process of its own
 # ---------------------------------------------------------------------------------------------
+
+def first_counted(steps: int) -> int:
+    """Steps before this one are not timed; the log has a line of it."""
+    return 10 if steps > 10 else 2
 
 def imported(path):
     """A script as a module."""
@@ -73,6 +77,55 @@ def count_flops(path: str, config: str, changes: dict, steps: int):
         module.main()
     except Counted:
         pass
+
+PARTS = ("loader", "batch", "forward", "backward", "Muon", "AdamW", "EMA")
+
+def break_down(path: str, config: str, changes: dict, steps: int):
+    """Prints milliseconds a step of each part, waiting for the device wherever one begins or ends:
+    together they take a little longer than a step does. The rest is what is in none of them."""
+    module = load(path, config, changes, steps)
+    spent, first = dict.fromkeys(PARTS, 0.0), first_counted(steps)
+
+    def now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def timed(part: str, holder, name: str):
+        original = getattr(holder, name)
+
+        def wrapper(*args, **kwargs):
+            began = now()
+            if part == "loader" and args[1] == first:            # all before it was to get warm
+                spent.update(dict.fromkeys(PARTS, 0.0), began=began)
+            out = original(*args, **kwargs)
+            spent[part] += now() - began
+            return out
+        setattr(holder, name, wrapper)
+
+    state, step = module.State.__init__, module.train_step
+
+    def made(self, *args):
+        state(self, *args)
+        timed("forward", self, "training_loss")
+
+    def stepped(*args):
+        out = step(*args)
+        spent["ended"] = now()
+        return out
+    module.State.__init__, module.train_step = made, stepped
+    timed("loader", module.Loader, "__call__")
+    timed("batch", module, "make_batch")
+    timed("backward", torch.Tensor, "backward")
+    timed("Muon", module.Muon, "step")
+    timed("AdamW", torch.optim.AdamW, "step")
+    timed("EMA", torch, "_foreach_lerp_")
+    sys.argv = [path, config]
+    module.main()
+    whole = spent.pop("ended") - spent.pop("began")
+    spent.update(rest=whole - sum(spent.values()), step=whole)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print("parts:", json.dumps({k: 1000 * v / (steps - first) for k, v in spent.items()}))
 
 # ---------------------------------------------------------------------------------------------
 # Data, commands, logs
@@ -137,7 +190,7 @@ class Side:
         log = self.output("run", folder, self.args.processes)
         lines = {int(step): (int(images), float(ms)) for step, images, ms in re.findall(
             r"^step:(\d+)/\d+ images:(\d+) train_loss:\S+ train_time:(\d+)ms", log, re.M)}
-        first, last = 10 if self.args.steps > 10 else 2, self.args.steps
+        first, last = first_counted(self.args.steps), self.args.steps
         (before, t0), (after, t1) = lines[first], lines[last]
         self.seconds.append((t1 - t0) / 1000 / (last - first))
         self.images = (after - before) // (last - first)
@@ -185,6 +238,9 @@ def compare(args) -> list:
                 side.measure(folder)
                 print(f"round {turn + 1}: {side.name}: {1000 * side.seconds[-1]:.2f} ms/step",
                       flush=True)
+        for side in sides:
+            out = side.output("parts", folder, args.processes)
+            side.parts = json.loads(re.search(r"^parts: (.*)", out, re.M)[1])
     return sides
 
 def report(sides: list, args) -> str:
@@ -209,17 +265,22 @@ def report(sides: list, args) -> str:
               for a, b in zip(sides[0].seconds, sides[1].seconds)]
     text += (f"\nB trains {statistics.mean(ratios):.3f} times as many images a second as A "
              f"(rounds: {min(ratios):.3f} - {max(ratios):.3f})\n")
+    text += ("\nParts of a step, in ms, of one more run that waits for the device between them\n\n"
+             f"| | {' | '.join(sides[0].parts)} |\n|---|{'---|' * len(sides[0].parts)}\n")
+    for tag, s in zip("AB", sides):
+        text += f"| {tag} | {' | '.join(f'{ms:.2f}' for ms in s.parts.values())} |\n"
     diff = list(difflib.unified_diff(*(s.source.splitlines() for s in sides), "A", "B", "", "", 0,
                                      ""))
     added, gone = (sum(line.startswith(c) and not line.startswith(3 * c) for line in diff)
                    for c in "+-")
-    text += f"scripts: {added} lines only in B, {gone} only in A\n"
+    text += f"\nscripts: {added} lines only in B, {gone} only in A\n"
     return text + ("\n".join(diff) + "\n") * args.diff
 
 def main(argv: list) -> int:
     if argv[:1] == ["--child"]:
         what, path, config, changes, steps = argv[1:]
-        dict(run=run, flops=count_flops)[what](path, config, json.loads(changes), int(steps))
+        child = dict(run=run, flops=count_flops, parts=break_down)[what]
+        child(path, config, json.loads(changes), int(steps))
         return 0
     parser = argparse.ArgumentParser(usage=__doc__)
     add = parser.add_argument
