@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import eval_speedrun as ev
 import train_speedrun as ts
 from data import download, networks
-from records import stats
+from records import compare, stats
 
 ROOT = Path(__file__).resolve().parent
 
@@ -2079,36 +2079,37 @@ def test_sr_dit_snapshot_has_the_published_numbers_and_trains(tmp_path):
     assert weights["fuse"].isfinite().all() and weights["head.weight"].abs().sum() > 0
 
 
-def test_compare_times_two_snapshots_in_turn(tmp_path):
+def test_compare_times_two_snapshots_in_turn(tmp_path, monkeypatch, capsys):
     """On noise of the track's shape: the slower one is told, and in which part; the FLOPs are those
     of three forwards (no gradient goes to the input); the scripts' difference is shown."""
     workshop(tmp_path)
     slow = tmp_path / "slow.py"
     slow.write_text((tmp_path / "train_speedrun.py").read_text().replace(
         "    cfg, world, total = ", "    time.sleep(0.2)\n    cfg, world, total = "))
-    done = python(tmp_path, ROOT / "records" / "compare.py", "train_speedrun.py", "slow.py",
-                  "--config", "tiny", "--steps", 4, "--rounds", 1, "--diff", "--set",
-                  "batch_size=4", "compile=False")
-    assert re.findall(r"^round (\d): (\w+)", done.stdout, re.M) == [
+    monkeypatch.chdir(tmp_path)
+    common = ["train_speedrun.py", "slow.py", "--config", "tiny", "--rounds", "1", "--steps"]
+    assert compare.main([*common, "4", "--diff", "--set", "batch_size=4", "compile=False"]) == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"^round (\d): (\w+)", out, re.M) == [
         ("1", "train_speedrun"), ("1", "slow")]
-    ratio = float(re.search(r"B trains (\S+) times as many", done.stdout)[1])
-    assert ratio < 0.7 and "1 lines only in B, 0 only in A" in done.stdout
-    assert "+    time.sleep(0.2)" in done.stdout
+    ratio = float(re.search(r"B trains (\S+) times as many", out)[1])
+    assert ratio < 0.7 and "1 lines only in B, 0 only in A" in out
+    assert "+    time.sleep(0.2)" in out
     model = ts.Transformer(CONFIG, TRACK)
     with ev.Flops() as counter:
         model(torch.zeros(4, 192), torch.zeros(4), model.null_text(4))
-    found = set(re.findall(r"\| (\S+) \| \S+ \| \S+% \|", done.stdout))
+    found = set(re.findall(r"\| (\S+) \| \S+ \| \S+% \|", out))
     assert [float(x) for x in found] == [pytest.approx(3 * counter.total / 4e9, rel=0.05)]
     names, a, b = ([cell.strip() for cell in row.split("|")[2:-1]] for row in re.findall(
-        r"^\| (?:A|B|) \|.* \|$|^\| \| loader.*$", done.stdout, re.M)[-3:])
+        r"^\| (?:A|B|) \|.* \|$|^\| \| loader.*$", out, re.M)[-3:])
     a, b = (dict(zip(names, map(float, row))) for row in (a, b))
     for parts in (a, b):                                         # of a step, and nothing else
         assert min(parts.values()) > 0 and sum(parts.values()) == pytest.approx(
             2 * parts["step"], abs=0.1)
     assert b["rest"] > 200 > a["rest"]                           # where the slow one sleeps
-    for words in (["--steps", "11"], ["--set", "nothing=1"]):
-        refuses(python(tmp_path, ROOT / "records" / "compare.py", slow, slow, "--config", "tiny",
-                       *words, check=False), "compare.py: ")
+    for words in (["11"], ["4", "--set", "nothing=1"]):
+        assert compare.main(common + words) == 2
+        assert re.fullmatch(r"compare.py: .*\n", capsys.readouterr().err)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -200,10 +200,10 @@ def parse(pairs: list) -> dict:
     """["batch_size=8", "bf16=False"] -> {"batch_size": 8, "bf16": False}"""
     return {key: ast.literal_eval(value) for key, value in (p.split("=", 1) for p in pairs)}
 
-def matmul_rate(device: str, n: int = 4096) -> float:
-    """FLOP/s of a bf16 matrix product, best of 5."""
+def matmul_rate(device: str, dtype=torch.bfloat16, n: int = 4096) -> float:
+    """FLOP/s of a matrix product, best of 5."""
     n = n if device == "cpu" else 4 * n
-    a, b = torch.randn(2, n, n, device=device).bfloat16()
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
     best = float("inf")
     for _ in range(5):
         began = time.perf_counter()
@@ -247,11 +247,13 @@ def report(sides: list, args) -> str:
     """The table, the ratio with its spread, what differs."""
     gpu = torch.cuda.is_available()
     name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
-    rate = matmul_rate("cuda" if gpu else "cpu")
+    device = "cuda" if gpu else "cpu"
+    rate, rate32 = matmul_rate(device), matmul_rate(device, torch.float32)
     peak = next((v for k, v in PEAK.items() if k in name), rate if not gpu else float("nan"))
     text = (f"{args.processes} x {name}, torch {torch.__version__}, {args.config}, "
             f"{args.rounds} rounds of {args.steps} steps; bf16 matrix product: {rate / 1e12:.3f} "
-            f"TFLOP/s measured, {peak / 1e12:.3f} taken as the peak of MFU\n\n"
+            f"TFLOP/s measured (fp32: {rate32 / 1e12:.3f}), {peak / 1e12:.3f} taken as the peak "
+            "of MFU\n\n"
             "| | ms/step (min - max) | steps/s | images/s | GFLOP/image | floor, ms/step | MFU "
             "| peak MiB |\n|---|---|---|---|---|---|---|---|\n")
     for tag, s in zip("AB", sides):
