@@ -121,7 +121,8 @@ def break_down(path: str, config: str, changes: dict, steps: int):
     timed("AdamW", torch.optim.AdamW, "step")
     timed("EMA", torch, "_foreach_lerp_")
     sys.argv = [path, config]
-    module.main()
+    if status := module.main():
+        sys.exit(status)
     whole = spent.pop("ended") - spent.pop("began")
     spent.update(rest=whole - sum(spent.values()), step=whole)
     if int(os.environ.get("RANK", 0)) == 0:

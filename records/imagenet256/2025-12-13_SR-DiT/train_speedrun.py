@@ -117,7 +117,7 @@ class Config:
     compile: bool = True           # False: plain eager PyTorch, for debugging
 
 CONFIGS = {
-    "cifar10": Config(             # one GPU
+    "cifar10": Config(             # one GPU; its size: records/cifar10/SCALING.md
         track="cifar10", patch=2, width=512, depth=12, flip=True,
         batch_size=256, steps=20_000, save_every=2000, guidance=2.0),
     "cifar10-cpu": Config(         # a laptop, in minutes
