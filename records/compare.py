@@ -33,6 +33,12 @@ def first_counted(steps: int) -> int:
     """Steps before this one are not timed; the log has a line of it."""
     return 10 if steps > 10 else 2
 
+def now() -> float:
+    """Seconds, once the device has done all it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
 def imported(path):
     """A script as a module."""
     spec = importlib.util.spec_from_file_location("snapshot", path)
@@ -85,11 +91,6 @@ def break_down(path: str, config: str, changes: dict, steps: int):
     together they take a little longer than a step does. The rest is what is in none of them."""
     module = load(path, config, changes, steps)
     spent, first = dict.fromkeys(PARTS, 0.0), first_counted(steps)
-
-    def now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
     def timed(part: str, holder, name: str):
         original = getattr(holder, name)
@@ -201,17 +202,15 @@ def parse(pairs: list) -> dict:
     """["batch_size=8", "bf16=False"] -> {"batch_size": 8, "bf16": False}"""
     return {key: ast.literal_eval(value) for key, value in (p.split("=", 1) for p in pairs)}
 
-def matmul_rate(device: str, dtype=torch.bfloat16, n: int = 4096) -> float:
-    """FLOP/s of a matrix product, best of 5."""
-    n = n if device == "cpu" else 4 * n
+def matmul_rate(dtype) -> float:
+    """FLOP/s of a matrix product on this machine's device, best of 5."""
+    n, device = (16_384, "cuda") if torch.cuda.is_available() else (4096, "cpu")
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     best = float("inf")
     for _ in range(5):
-        began = time.perf_counter()
+        began = now()
         a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
+        best = min(best, now() - began)
     return 2 * n ** 3 / best
 
 # ---------------------------------------------------------------------------------------------
@@ -248,8 +247,7 @@ def report(sides: list, args) -> str:
     """The table, the ratio with its spread, what differs."""
     gpu = torch.cuda.is_available()
     name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
-    device = "cuda" if gpu else "cpu"
-    rate, rate32 = matmul_rate(device), matmul_rate(device, torch.float32)
+    rate, rate32 = matmul_rate(torch.bfloat16), matmul_rate(torch.float32)
     peak = next((v for k, v in PEAK.items() if k in name), rate if not gpu else float("nan"))
     text = (f"{args.processes} x {name}, torch {torch.__version__}, {args.config}, "
             f"{args.rounds} rounds of {args.steps} steps; bf16 matrix product: {rate / 1e12:.3f} "
