@@ -1,0 +1,378 @@
+"""What imagenet256 is made with: the crop, the compressed features, the autoencoder, photos.
+
+`data/download.py` turns photos into latents and features here; the referee decodes samples.
+Definitions follow the sources named, to the resize. Not to be edited for a record.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from data.common import UserError, World, progress, write_atomic
+from data.networks import IMAGENET, dinov2, load_weights, tensor_bicubic
+
+
+def center_crop(image, size: int = 256) -> np.ndarray:
+    """ADM's crop: halve by boxes above 2 size, bicubic to `size` at the shorter side, the centre.
+
+    PIL image -> uint8 (size, size, 3). Source: center_crop_arr of arXiv 2105.05233's code.
+    """
+    from PIL import Image
+
+    while min(image.size) >= 2 * size:
+        halves = [side // 2 for side in image.size]
+        image = image.resize(halves, Image.BOX)
+    scale = size / min(image.size)
+    sides = [round(side * scale) for side in image.size]
+    pixels = np.asarray(image.resize(sides, Image.BICUBIC))
+    top = (pixels.shape[0] - size) // 2
+    left = (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+# ---------------------------------------------------------------------------------------------
+# Compressed features
+# ---------------------------------------------------------------------------------------------
+
+PCA = 64  # principal components kept of a token
+
+
+class PatchFeatures:
+    """DINOv2-B/14 (arXiv 2304.07193) on 224 pixels, after the norm: class token, 16 x 16 patches.
+
+    They are kept as int8 in two PCA bases, one of class tokens and one of patches, fitted on some
+    photos. A feature is mean + basis @ (int8 * scale); the three are in features.safetensors.
+    """
+
+    KINDS = (slice(0, 1), slice(1, None))  # of the 257 tokens: the class token, the patches
+
+    def __init__(self, device: torch.device):
+        self.network = dinov2("base", "dinov2-b", device)
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, 256, 256) -> float (B, 257, 768)."""
+        return self.network.forward_features(tensor_bicubic(images, IMAGENET))
+
+    def fit(self, batches: Iterable[Tensor], path: Path):
+        """Fits both bases on batches of images and writes them to `path`. Raises UserError.
+
+        mean (2, 768), basis (2, 768, PCA), scale (2, 1), explained share of the variance (2,).
+        """
+        found = torch.cat([self.tokens(images).double().cpu() for images in batches])
+        bases = [principal_components(found[:, kind].flatten(0, 1)) for kind in self.KINDS]
+        tensors = {}
+        for name in bases[0]:
+            stacked = torch.stack([basis[name] for basis in bases])
+            tensors[name] = stacked.float().contiguous()
+        write_atomic(path, lambda temporary: save_file(tensors, temporary))
+
+    def load(self, path: Path, device: torch.device):
+        """Takes the bases that `fit` wrote, and says how much of the tokens they can express."""
+        tensors = load_file(path)
+        self.mean = tensors["mean"].to(device)
+        self.basis = tensors["basis"].to(device)
+        self.scale = tensors["scale"].to(device)
+        of_class, of_patches = tensors["explained"]
+        print(
+            f"{path}: {PCA} int8 values explain {of_class:.3f} of the class tokens' variance, "
+            f"{of_patches:.3f} of the patches'",
+            flush=True,
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, 256, 256) -> int8 (B, 257, PCA), on the CPU."""
+        tokens = self.tokens(images)
+        parts = []
+        for i, kind in enumerate(self.KINDS):
+            components = (tokens[:, kind] - self.mean[i]) @ self.basis[i]
+            parts.append(components / self.scale[i])
+        whole = torch.cat(parts, dim=1)
+        return whole.round().clamp(-127, 127).to(torch.int8).cpu()
+
+
+def principal_components(tokens: Tensor) -> dict[str, Tensor]:
+    """(n, 768) -> mean (768,), basis (768, PCA), scale (1,), explained share of the variance ().
+
+    The int8 range of every component is 4 standard deviations of the first, the widest.
+    """
+    values, vectors = torch.linalg.eigh(tokens.T.cov())  # in ascending order
+    values = values.flip(-1)
+    deviation = values[:1].clamp(min=1e-12).sqrt()
+    return {
+        "mean": tokens.mean(0),
+        "basis": vectors.flip(-1)[:, :PCA],
+        "scale": 4 / 127 * deviation,
+        "explained": values[:PCA].sum() / values.sum(),
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# The autoencoder. Its attributes bear the names of the published state dict
+# ---------------------------------------------------------------------------------------------
+
+WIDTHS = (128, 128, 256, 256, 512)  # channels of the levels, full resolution first
+LATENT = 32  # channels of a latent
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions beside a shortcut, which is a 1 x 1 convolution where the width changes."""
+
+    def __init__(self, channels_in: int, channels: int):
+        super().__init__()
+        self.norm1 = group_norm(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.norm2 = group_norm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.nin_shortcut = nn.Identity()
+        if channels_in != channels:
+            self.nin_shortcut = nn.Conv2d(channels_in, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        return self.nin_shortcut(x) + hidden
+
+
+class Attention(nn.Module):
+    """One head over all positions, beside a shortcut."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        q = self.q(normed).flatten(2).mT  # (B, HW, C)
+        k = self.k(normed).flatten(2).mT
+        v = self.v(normed).flatten(2).mT
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(mixed.mT.reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Half the side. The padding is to the right and below alone, as the weights were trained."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Twice the side, by the nearest neighbour."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0))
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, with attention in the deepest level alone."""
+
+    def __init__(self, channels_in: int, channels: int, blocks: int, attention: bool):
+        super().__init__()
+        self.block = nn.ModuleList([ResBlock(channels_in, channels)])
+        for _ in range(blocks - 1):
+            self.block.append(ResBlock(channels, channels))
+        self.attn = nn.ModuleList()
+        if attention:
+            self.attn.extend(Attention(channels) for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return x
+
+
+class Middle(nn.Module):
+    """Between the halves' levels and the latent."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels)
+        self.attn_1 = Attention(channels)
+        self.block_2 = ResBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """Pixels (B, 3, H, W) -> (B, 2 LATENT, H/16, W/16), of which quant_conv makes the posterior."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, WIDTHS[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        channels = WIDTHS[0]
+        for depth, width in enumerate(WIDTHS):
+            deepest = depth == len(WIDTHS) - 1
+            level = Level(channels, width, blocks=2, attention=deepest)
+            level.downsample = nn.Identity() if deepest else Downsample(width)
+            self.down.append(level)
+            channels = width
+        self.mid = Middle(channels)
+        self.norm_out = group_norm(channels)
+        self.conv_out = nn.Conv2d(channels, 2 * LATENT, 3, padding=1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.conv_in(pixels)
+        for level in self.down:
+            x = level.downsample(level(x))
+        x = self.mid(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """(B, LATENT, H/16, W/16) -> pixels (B, 3, H, W)."""
+
+    def __init__(self):
+        super().__init__()
+        channels = WIDTHS[-1]
+        self.conv_in = nn.Conv2d(LATENT, channels, 3, padding=1)
+        self.mid = Middle(channels)
+        self.up = nn.ModuleList()  # numbered from full resolution, like the encoder's levels
+        for depth, width in reversed(list(enumerate(WIDTHS))):
+            deepest = depth == len(WIDTHS) - 1
+            level = Level(channels, width, blocks=3, attention=deepest)
+            level.upsample = Upsample(width) if depth > 0 else nn.Identity()
+            self.up.insert(0, level)
+            channels = width
+        self.norm_out = group_norm(channels)
+        self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(latents))
+        for level in reversed(self.up):
+            x = level.upsample(level(x))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Autoencoder(nn.Module):
+    """E2E-INVAE (REPA-E, arXiv 2504.10483): AutoencoderKL f16d32, names as in e2e-invae-400k.pt.
+
+    Pixels (B, 3, H, W) in [-1, 1]; latents (B, 32, H/16, W/16), not scaled.
+    """
+
+    def __init__(self, state_dict: dict[str, Tensor] | None = None):
+        super().__init__()
+        self.encoder = Encoder()
+        self.decoder = Decoder()
+        self.quant_conv = nn.Conv2d(2 * LATENT, 2 * LATENT, 1)
+        self.post_quant_conv = nn.Conv2d(LATENT, LATENT, 1)
+        if state_dict is not None:
+            self.load_state_dict(state_dict)
+        self.eval().requires_grad_(False)
+
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The posterior's mean, or with unit noise (B, 32, H/16, W/16) a sample of it."""
+        mean, logvar = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)
+        if noise is None:
+            return mean
+        deviation = (logvar.clamp(-30, 20) / 2).exp()
+        return mean + deviation * noise
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(latents))
+
+
+def load_autoencoder(device: torch.device) -> Autoencoder:
+    """The published one. Raises UserError where its weights cannot be had or are not these."""
+    network = Autoencoder()
+    load_weights("autoencoder", network)
+    return network.to(device)
+
+
+# ---------------------------------------------------------------------------------------------
+# Photos, encoded
+# ---------------------------------------------------------------------------------------------
+
+
+class Photos:
+    """A folder of class folders of photos, encoded here; classes are numbered by folder name.
+
+    names and labels of the images, in order; read(rows) gives their tensors. Raises UserError.
+    """
+
+    image_bytes = 0  # to be fetched for one image: they are here already
+
+    def __init__(self, folder: Path, world: World):
+        self.files = []
+        self.labels = []
+        classes = sorted(path for path in folder.glob("*") if path.is_dir())
+        for label, path in enumerate(classes):
+            files = [f for f in path.iterdir() if f.suffix.lower() in (".jpeg", ".jpg", ".png")]
+            self.files += sorted(files)
+            self.labels += [label] * len(files)
+        self.names = [f"{file.parent.name}/{file.name}" for file in self.files]
+        if not self.files:
+            raise UserError(f"{folder} holds no class folders of .jpeg, .jpg or .png photos")
+        self.source = f"{len(self.files)} photos"
+        self.device = world.device
+        self.autoencoder = load_autoencoder(world.device)
+        self.features = None
+
+    def add_features(self, path: Path, world: World):
+        """Fits the features' bases on 512 photos, evenly spaced, once."""
+        self.features = PatchFeatures(world.device)
+        if world.rank == 0 and not path.is_file():
+            count = min(512, len(self.files))
+            rows = np.linspace(0, len(self.files) - 1, count).astype(int).tolist()
+            starts = progress(range(0, count, 16), "PCA")
+            self.features.fit((self.pixels(rows[at : at + 16]) for at in starts), path)
+        world.wait()
+        self.features.load(path, world.device)
+
+    def pixels(self, rows: Iterable[int]) -> Tensor:
+        """uint8 (n, 3, 256, 256). Raises UserError."""
+        from PIL import Image
+
+        crops = []
+        for row in rows:
+            file = self.files[row]
+            try:
+                crops.append(torch.tensor(center_crop(Image.open(file).convert("RGB"))))
+            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                raise UserError(f"{file} is not a photo ({error}); replace or remove it")
+        return torch.stack(crops).permute(0, 3, 1, 2).to(self.device)
+
+    def read(self, rows: range) -> dict[str, Tensor]:
+        """latents (n, 32, 16, 16) float16 and, where asked for, features (n, 257, PCA) int8."""
+        latents, features = [], []
+        for at in range(0, len(rows), 16):
+            batch = rows[at : at + 16]
+            pixels = self.pixels(batch)
+            noise = torch.stack([posterior_noise(row) for row in batch]).to(self.device)
+            sampled = self.autoencoder.encode(pixels / 127.5 - 1, noise)
+            latents.append(sampled.half().cpu())
+            if self.features:
+                features.append(self.features(pixels))
+        if not self.features:
+            return {"latents": torch.cat(latents)}
+        return {"latents": torch.cat(latents), "features": torch.cat(features)}
+
+
+def posterior_noise(row: int) -> Tensor:
+    """(32, 16, 16) by the image's number alone, so any process encodes it to the same latent."""
+    return torch.randn(32, 16, 16, generator=torch.Generator().manual_seed(row))
