@@ -1,307 +1,420 @@
-"""Time two snapshots in turn on one machine: A B A B. The tool with which records are timed.
+"""Time two training scripts in turn on one machine: A B A B. Records are timed with this tool.
 
     python records/compare.py A B                        the default config of this machine
       --config imagenet256 --steps 10 --set batch_size=8 the same changes for both
       --processes 8                                      under torchrun, one process a GPU
+      --noise                                            on noise, even where data/<track> is
       --diff                                             the scripts' difference, whole
 
 A and B are scripts or record folders, each with changes of its own config after a colon:
 train_speedrun.py:compile=False,bf16=False. Both train on the same shards: data/<track> where it is
 there, else noise of its shape. A run is a process of its own; its time is what its own clock says
-between two of its logged steps, so warm-up and compilation are out. Besides steps/s, images/s and
-peak memory: FLOPs of forward and backward of one image (counted in eager PyTorch, of matrix
-products, convolutions and attention), the share of the peak that they come to (MFU), the machine's
-own bf16 matrix product, which is the floor of a step, and the time of each part of a step.
+between two of its logged steps, so warm-up and compilation are out.
+
+Of a script it knows TRACKS, CONFIGS, main() and the lines of its log. Parts of a step come from the
+script's annotations: torch.profiler.record_function("step") around each step of the timed loop,
+and others inside it. With them it also counts the FLOPs of "forward" and "backward" (matrix
+products, convolutions and attention, in eager PyTorch), the share of the machine's peak that they
+come to (MFU), and the time that they take at the speed of its bf16 matrix product (floor).
 """
-import argparse, ast, difflib, importlib.util, json, os, re, statistics, subprocess  # noqa: E401
-import sys, tempfile, time  # noqa: E401
+
+import argparse
+import ast
+import bisect
+import difflib
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 ROOT = Path(__file__).resolve().parent.parent
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}      # bf16 FLOP/s, dense, as stated
-VALIDATION = 64                                              # images: the copies do not validate
+sys.path.insert(0, str(ROOT))
+from data.common import UserError, import_snapshot, now  # noqa: E402
+
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bf16 FLOP/s, dense, as stated
+VALIDATION_IMAGES = 64  # a timed run validates once, after its clock has stopped
+FLOPS_BATCH = 4  # images of a step whose FLOPs are counted
+FLOPS_STEPS = 20  # steps of that run: enough to see what a schedule changes on the way
 
 # ---------------------------------------------------------------------------------------------
 # What runs in a process of its own
 # ---------------------------------------------------------------------------------------------
 
+
 def first_counted(steps: int) -> int:
     """Steps before this one are not timed; the log has a line of it."""
     return 10 if steps > 10 else 2
 
-def now() -> float:
-    """Seconds, once the device has done all it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
-def imported(path):
-    """A script as a module."""
-    spec = importlib.util.spec_from_file_location("snapshot", path)
-    module = sys.modules["snapshot"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def load_script(path: str, config: str, changes: dict, steps: int):
+    """The script as a module, whose config and track are cut to a timed run."""
+    module = import_snapshot(Path(path))
+    base = module.CONFIGS[config]
+    track = module.TRACKS[base.track]
+    manifest = json.loads(Path("data", track.name, "manifest.json").read_text())
+    files = manifest["files"]
+    images = sum(files[name]["count"] for name in files if name.startswith("train_"))
+    module.TRACKS[track.name] = replace(track, train_images=images, val_images=VALIDATION_IMAGES)
+    module.CONFIGS[config] = replace(base, **changes, steps=steps, evals=1, save_every=10**9)
+    sys.argv = [path, config]
     return module
 
-def load(path: str, config: str, changes: dict, steps: int):
-    """The script as a module, its config and track cut to a timed run."""
-    module = imported(path)
-    cfg = module.CONFIGS[config]
-    track = module.TRACKS[cfg.track]
-    count = json.loads(Path("data", track.name, "manifest.json").read_text())["count"]
-    module.TRACKS[track.name] = replace(track, train_images=count, val_images=VALIDATION)
-    module.CONFIGS[config] = replace(cfg, **changes, steps=steps, evals=1, save_every=10 ** 9)
-    return module
 
-def run(path: str, config: str, changes: dict, steps: int):
+def train(path: str, config: str, changes: dict, steps: int) -> int:
     """Trains; the log goes to standard output."""
-    module = load(path, config, changes, steps)
-    sys.argv = [path, config]
-    sys.exit(module.main())
+    return load_script(path, config, changes, steps).main()
 
-class Counted(Exception):
-    """Ends a run once its first step is counted."""
 
-def count_flops(path: str, config: str, changes: dict, steps: int):
-    """Prints FLOPs of forward and backward of an image: the first step's, of 4 images, eager."""
-    from torch.utils.flop_counter import FlopCounterMode
-    module = load(path, config, changes | dict(compile=False, batch_size=4, micro_batch=0), steps)
-    original = module.train_step
+class ModelFlops(TorchDispatchMode):
+    """Counts the FLOPs that run while "forward" or "backward" is open inside a "step".
 
-    def counted(*args, **kwargs):
-        with FlopCounterMode(display=False) as counter:
-            original(*args, **kwargs)
-        print("flops:", counter.get_total_flops() / 4)
-        raise Counted
-    module.train_step = counted
-    module.Muon.step = lambda self: None                     # the optimizer's are not the model's
-    sys.argv = [path, config]
-    try:
-        module.main()
-    except Counted:
-        pass
+    A dispatch mode sees annotations open and close as operations. What is open is kept here and
+    not by thread, because on a GPU autograd runs backward in a thread of its own.
+    """
 
-PARTS = ("loader", "batch", "forward", "backward", "Muon", "AdamW", "EMA")
+    def __init__(self):
+        super().__init__()
+        self.open = []
+        self.total = 0
 
-def break_down(path: str, config: str, changes: dict, steps: int):
-    """Prints milliseconds a step of each part, waiting for the device wherever one begins or ends:
-    together they take a little longer than a step does. The rest is what is in none of them."""
-    module = load(path, config, changes, steps)
-    spent, first = dict.fromkeys(PARTS, 0.0), first_counted(steps)
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = operation(*args, **kwargs)
+        if operation is torch.ops.profiler._record_function_enter_new.default:
+            self.open.append(args[0])
+        elif operation is torch.ops.profiler._record_function_exit._RecordFunction:
+            self.open.pop()
+        elif "step" in self.open and ("forward" in self.open or "backward" in self.open):
+            formula = flop_registry.get(operation._overloadpacket)
+            if formula:
+                self.total += formula(*args, **kwargs, out_val=result)
+        return result
 
-    def timed(part: str, holder, name: str):
-        original = getattr(holder, name)
 
-        def wrapper(*args, **kwargs):
-            began = now()
-            if part == "loader" and args[1] == first:            # all before it was to get warm
-                spent.update(dict.fromkeys(PARTS, 0.0), began=began)
-            out = original(*args, **kwargs)
-            spent[part] += now() - began
-            return out
-        setattr(holder, name, wrapper)
+def count_flops(path: str, config: str, changes: dict, steps: int) -> int:
+    """Prints FLOPs of forward and backward of an image, 0 where the script annotates none."""
+    torch.compiler.set_stance("force_eager")  # so that each operation passes the dispatch mode
+    module = load_script(path, config, changes | {"batch_size": FLOPS_BATCH}, FLOPS_STEPS)
+    with ModelFlops() as counter:
+        status = module.main()
+    print("flops:", counter.total / (FLOPS_BATCH * FLOPS_STEPS))
+    return status
 
-    state, step = module.State.__init__, module.train_step
 
-    def made(self, *args):
-        state(self, *args)
-        timed("forward", self, "training_loss")
+Span = namedtuple("Span", "name start end")  # of the profiler's trace, in microseconds
 
-    def stepped(*args):
-        out = step(*args)
-        spent["ended"] = now()
-        return out
-    module.State.__init__, module.train_step = made, stepped
-    timed("loader", module.Loader, "__call__")
-    timed("batch", module, "make_batch")
-    timed("backward", torch.Tensor, "backward")
-    timed("Muon", module.Muon, "step")
-    timed("AdamW", torch.optim.AdamW, "step")
-    timed("EMA", torch, "_foreach_lerp_")
-    sys.argv = [path, config]
-    if status := module.main():
-        sys.exit(status)
-    whole = spent.pop("ended") - spent.pop("began")
-    spent.update(rest=whole - sum(spent.values()), step=whole)
+
+def annotated_spans(events: list) -> tuple[list, list]:
+    """The spans called "step" and those directly inside one of them, in the order of time."""
+    annotations = [event for event in events if event.get("cat") == "user_annotation"]
+    annotations.sort(key=lambda event: (event["ts"], -event["dur"]))
+    steps, parts = [], []
+    inside_until = 0.0  # an annotation inside a part is a piece of it, no part itself
+    thread = None  # of the steps: a loader's thread may have annotations of its own
+    for event in annotations:
+        span = Span(event["name"], event["ts"], event["ts"] + event["dur"])
+        if span.name == "step":
+            steps.append(span)
+            thread = event["tid"]
+        elif event["tid"] == thread and inside_until <= span.start < steps[-1].end:
+            parts.append(span)
+            inside_until = span.end
+    return steps, parts
+
+
+def device_spans(events: list, parts: list) -> list:
+    """What a GPU did for these parts, each span with the name of its part; [] without a GPU.
+
+    A kernel or copy belongs to the part that was open when it was launched, by whatever thread.
+    """
+    launched = {}
+    for event in events:
+        if event.get("cat") in ("cuda_runtime", "cuda_driver"):
+            launched[event["args"].get("correlation")] = event["ts"]
+    starts = [part.start for part in parts]
+    spans = []
+    for event in events:
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            moment = launched.get(event["args"].get("correlation"), 0.0)
+            part = parts[bisect.bisect(starts, moment) - 1]
+            if part.start <= moment < part.end:
+                spans.append(Span(part.name, event["ts"], event["ts"] + event["dur"]))
+    return spans
+
+
+def average_parts(events: list, first: int) -> dict:
+    """Milliseconds of each part of a step, of "rest" and of "step", the mean of all but `first`.
+
+    events: of a trace that torch.profiler exported. {} where no step has parts. On a GPU a part's
+    time is that of the kernels and copies launched in it, and the rest is what the GPU did beside
+    them and waited. Kernels of several streams can overlap; then the rest is less by as much.
+    """
+    steps, parts = annotated_spans(events)
+    steps = steps[first:]
+    parts = [part for part in parts if steps and part.start >= steps[0].start]
+    if not parts:
+        return {}
+    on_device = device_spans(events, parts)
+    total = {part.name: 0.0 for part in parts}
+    for span in on_device or parts:
+        total[span.name] += span.end - span.start
+    spans = on_device or steps
+    whole = max(span.end for span in spans) - min(span.start for span in spans)
+    total["rest"] = whole - sum(total.values())
+    total["step"] = whole
+    return {name: spent / 1000 / len(steps) for name, spent in total.items()}
+
+
+def profile_parts(path: str, config: str, changes: dict, steps: int) -> int:
+    """Trains under torch.profiler and prints the parts of a step as JSON, from one process."""
+    module = load_script(path, config, changes, steps)
+    with torch.profiler.profile() as profiler:
+        status = module.main()
     if int(os.environ.get("RANK", 0)) == 0:
-        print("parts:", json.dumps({k: 1000 * v / (steps - first) for k, v in spent.items()}))
+        trace = Path("trace.json")
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_bytes())["traceEvents"]
+        print("parts:", json.dumps(average_parts(events, first_counted(steps))))
+    return status
 
-# ---------------------------------------------------------------------------------------------
-# Data, commands, logs
-# ---------------------------------------------------------------------------------------------
 
-def write_noise(track, folder: Path, tokens: int, count: int = 2048):
-    """Shards and a caption table of the track's shapes, with DINOv2's features, all noise."""
-    g, home, files = torch.Generator().manual_seed(0), folder / "data" / track.name, {}
-    home.mkdir(parents=True)
-    for name, n in (("train_000", count), ("val_000", VALIDATION)):
-        x = torch.randn(n, *track.shape, generator=g) / track.scale + track.shift
-        rows = dict(latents=x.clamp(0, 255).to(torch.uint8) if track.dtype == "uint8" else x.half(),
-                    labels=torch.arange(n).remainder(10).to(torch.int16),
-                    features=torch.randint(-127, 128, (n, 257, 64), generator=g).to(torch.int8))
-        save_file(rows, path := home / f"{name}.safetensors", dict(track=track.name))
-        files[path.name] = dict(count=n, bytes=path.stat().st_size)
-    table = dict(pooled=torch.randn(10, track.text_width, generator=g).half(),
-                 tokens=torch.randn(10, max(tokens, 1), track.text_width, generator=g).half())
-    save_file(table, home / "text.safetensors", dict(labels=json.dumps(list(range(10)))))
-    (home / "manifest.json").write_text(json.dumps(dict(count=count, files=files)))
-
-def borrow(real: Path, folder: Path):
-    """The track's own shards, by links, under a manifest that counts them."""
-    manifest = json.loads((real / "manifest.json").read_text())
-    home = folder / "data" / real.name
-    home.mkdir(parents=True)
-    for file in real.iterdir():
-        (home / file.name).symlink_to(file.resolve())
-    manifest["count"] = sum(e["count"] for name, e in manifest["files"].items()
-                            if name.startswith("train_"))
-    (home / "manifest.json").unlink()
-    (home / "manifest.json").write_text(json.dumps(manifest))
-
-class Side:
-    """One of the two: its script, the changes of its config, what was measured."""
-
-    def __init__(self, given: str, common: dict, args):
-        path, _, own = given.partition(":")
-        self.path = Path(path, "train_speedrun.py") if Path(path).is_dir() else Path(path)
-        self.source, self.args = self.path.read_text(), args
-        self.name, self.changes = given, common | parse(own.split(",") if own else [])
-        self.seconds, self.memory, self.images = [], 0, 0
-        self.module = imported(self.path)
-        self.cfg = replace(self.module.CONFIGS[args.config], **self.changes)
-
-    def command(self, what: str, processes: int = 1) -> list:
-        call = [__file__, "--child", what, str(self.path.resolve()), self.args.config,
-                json.dumps(self.changes), str(self.args.steps)]
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        return [sys.executable, *(launcher if processes > 1 else []), *map(str, call)]
-
-    def output(self, what: str, folder: Path, processes: int = 1) -> str:
-        done = subprocess.run(self.command(what, processes), cwd=folder, text=True,
-                              capture_output=True)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["no message"]
-            sys.exit(f"compare.py: {self.name} failed: {lines[-1]}")
-        return done.stdout
-
-    def measure(self, folder: Path):
-        """One run: adds its seconds per step."""
-        log = self.output("run", folder, self.args.processes)
-        lines = {int(step): (int(images), float(ms)) for step, images, ms in re.findall(
-            r"^step:(\d+)/\d+ images:(\d+) train_loss:\S+ train_time:(\d+)ms", log, re.M)}
-        first, last = first_counted(self.args.steps), self.args.steps
-        (before, t0), (after, t1) = lines[first], lines[last]
-        self.seconds.append((t1 - t0) / 1000 / (last - first))
-        self.images = (after - before) // (last - first)
-        self.memory = int(re.search(r"^peak_memory_mib: (\d+)", log, re.M)[1])
-
-def parse(pairs: list) -> dict:
-    """["batch_size=8", "bf16=False"] -> {"batch_size": 8, "bf16": False}"""
-    return {key: ast.literal_eval(value) for key, value in (p.split("=", 1) for p in pairs)}
-
-def matmul_rate(dtype) -> float:
-    """FLOP/s of a matrix product on this machine's device, best of 5."""
-    n, device = (16_384, "cuda") if torch.cuda.is_available() else (4096, "cpu")
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    best = float("inf")
-    for _ in range(5):
-        began = now()
-        a @ b
-        best = min(best, now() - began)
-    return 2 * n ** 3 / best
+CHILDREN = {"train": train, "flops": count_flops, "parts": profile_parts}
 
 # ---------------------------------------------------------------------------------------------
 # The comparison
 # ---------------------------------------------------------------------------------------------
 
-def compare(args) -> list:
-    """Measures both sides in turn; returns them, with seconds per step of each round."""
-    sides = [Side(given, parse(args.set), args) for given in (args.a, args.b)]
-    cfg, track = sides[0].cfg, sides[0].module.TRACKS[sides[0].cfg.track]
+
+def write_noise(track, folder: Path, count: int = 2048):
+    """A track's data as noise: shards of its shapes, with DINOv2's features, and a caption table."""
+    torch.manual_seed(0)
+    folder.mkdir()
+    files = {}
+    for split, rows in (("train", count), ("val", VALIDATION_IMAGES)):
+        path = folder / f"{split}_000.safetensors"
+        stored = torch.randn(rows, *track.shape) / track.scale + track.shift
+        if track.dtype == "uint8":
+            stored = stored.clamp(0, 255)
+        shard = {"latents": stored.to(getattr(torch, track.dtype))}
+        shard["labels"] = torch.arange(rows, dtype=torch.int16) % 10
+        shard["features"] = torch.randint(-127, 128, (rows, 257, 64), dtype=torch.int8)
+        save_file(shard, path, {"track": track.name})
+        files[path.name] = {"count": rows, "bytes": path.stat().st_size}
+    table = {"pooled": torch.randn(10, track.text_width).half()}
+    metadata = {"labels": str(list(range(10))), "captions": json.dumps(["noise"] * 10)}
+    save_file(table, folder / "text.safetensors", metadata)
+    (folder / "manifest.json").write_text(json.dumps({"count": count, "files": files}))
+
+
+def place_data(track, folder: Path, noise: bool):
+    """The track's data in a run's folder: its own shards by a link, or noise."""
+    home = folder / "data" / track.name
     real = ROOT / "data" / track.name
-    features = any(getattr(s.cfg, "reg", 0) or getattr(s.cfg, "repa_layers", ()) for s in sides)
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        if (real / "manifest.json").exists() and (
-                not features or (real / "features.safetensors").exists()):
-            borrow(real, folder)
-        else:
-            write_noise(track, folder, cfg.text_tokens)
+    home.parent.mkdir()
+    if noise or not (real / "manifest.json").exists():
+        write_noise(track, home)
+    else:
+        home.symlink_to(real, target_is_directory=True)
+
+
+def parse_changes(pairs: list) -> dict:
+    """["batch_size=8", "bf16=False"] -> {"batch_size": 8, "bf16": False}. Raises UserError."""
+    changes = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        try:
+            changes[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise UserError(f"{pair!r} is no change of a config: write name=value, text in quotes")
+    return changes
+
+
+class Side:
+    """One of the two: its script, the changes of its config, what was measured. Raises UserError."""
+
+    def __init__(self, argument: str, options: argparse.Namespace):
+        path, _, changes = argument.partition(":")
+        self.name = argument
+        self.options = options
+        self.path = Path(path)
+        if self.path.is_dir():
+            self.path = self.path / "train_speedrun.py"
+        self.changes = parse_changes(options.set + (changes.split(",") if changes else []))
+        try:
+            self.source = self.path.read_text()
+            module = import_snapshot(self.path)
+            config = replace(module.CONFIGS[options.config], **self.changes)
+            self.track = module.TRACKS[config.track]
+        except Exception as error:  # a script may fail in any way
+            raise UserError(f"{argument}, {options.config}: {type(error).__name__}: {error}")
+        self.seconds = []  # per step, of each round; images per step and peak MiB with them
+        self.flops = 0.0  # of an image; 0 where the script annotates no parts
+        self.parts = {}  # milliseconds; empty where the script annotates no steps
+
+    def output(self, task: str, folder: Path, processes: int = 1) -> str:
+        """Standard output of a run with the data in `folder`. Raises UserError."""
+        launcher = f"-m torch.distributed.run --standalone --nproc_per_node={processes}"
+        command = [sys.executable, *(launcher.split() if processes > 1 else [])]
+        command += [__file__, "--child", task, str(self.path.resolve()), self.options.config]
+        command += [repr(self.changes), str(self.options.steps)]
+        done = subprocess.run(command, cwd=folder, text=True, capture_output=True)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            own_lines = [line for line in lines if re.match(r"\w+\.py: ", line)]
+            raise UserError(f"{self.name} failed: {(own_lines or lines)[-1]}")
+        return done.stdout
+
+    def measure_round(self, folder: Path):
+        """One run: adds its seconds per step. Raises UserError."""
+        log = self.output("train", folder, self.options.processes)
+        pattern = r"^step:(\d+)/\d+ images:(\d+) train_loss:\S+ train_time:(\d+)ms"
+        lines = {int(line[1]): line for line in re.finditer(pattern, log, re.M)}
+        first = first_counted(self.options.steps)
+        last = self.options.steps
+        memory = re.search(r"^peak_memory_mib: (\d+)", log, re.M)
+        if first not in lines or last not in lines or not memory:
+            raise UserError(f"{self.name}: its log lacks step {first}, {last} or its last block")
+        self.images = (int(lines[last][2]) - int(lines[first][2])) // (last - first)
+        milliseconds = int(lines[last][3]) - int(lines[first][3])
+        self.seconds.append(milliseconds / 1000 / (last - first))
+        self.memory = int(memory[1])
+
+
+def compare(options: argparse.Namespace) -> list:
+    """Both sides, measured in turn. Raises UserError."""
+    sides = [Side(options.a, options), Side(options.b, options)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        place_data(sides[0].track, folder, options.noise)
         for side in sides:
-            out = side.output("flops", folder)
-            side.flops = float(re.search(r"^flops: (\S+)", out, re.M)[1])
-        for turn in range(args.rounds):
+            output = side.output("flops", folder)
+            side.flops = float(re.search(r"^flops: (\S+)", output, re.M)[1])
+        for turn in range(options.rounds):
             for side in sides:
-                side.measure(folder)
-                print(f"round {turn + 1}: {side.name}: {1000 * side.seconds[-1]:.2f} ms/step",
-                      flush=True)
+                side.measure_round(folder)
+                milliseconds = 1000 * side.seconds[-1]
+                print(f"round {turn + 1}: {side.name}: {milliseconds:.2f} ms/step", flush=True)
         for side in sides:
-            out = side.output("parts", folder, args.processes)
-            side.parts = json.loads(re.search(r"^parts: (.*)", out, re.M)[1])
+            output = side.output("parts", folder, options.processes)
+            side.parts = json.loads(re.search(r"^parts: (.*)", output, re.M)[1])
     return sides
 
-def report(sides: list, args) -> str:
-    """The table, the ratio with its spread, what differs."""
-    gpu = torch.cuda.is_available()
-    name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
-    rate, rate32 = matmul_rate(torch.bfloat16), matmul_rate(torch.float32)
-    peak = next((v for k, v in PEAK.items() if k in name), rate if not gpu else float("nan"))
-    text = (f"{args.processes} x {name}, torch {torch.__version__}, {args.config}, "
-            f"{args.rounds} rounds of {args.steps} steps; bf16 matrix product: {rate / 1e12:.3f} "
-            f"TFLOP/s measured (fp32: {rate32 / 1e12:.3f}), {peak / 1e12:.3f} taken as the peak "
-            "of MFU\n\n"
-            "| | ms/step (min - max) | steps/s | images/s | GFLOP/image | floor, ms/step | MFU "
-            "| peak MiB |\n|---|---|---|---|---|---|---|---|\n")
-    for tag, s in zip("AB", sides):
-        mean = statistics.mean(s.seconds)
-        floor = s.flops * s.images / args.processes / rate
-        text += (f"| {tag}: {s.name} | {1000 * mean:.2f} ({1000 * min(s.seconds):.2f} - "
-                 f"{1000 * max(s.seconds):.2f}) | {1 / mean:.3f} | {s.images / mean:.1f} | "
-                 f"{s.flops / 1e9:.4g} | {1000 * floor:.4g} | "
-                 f"{s.flops * s.images / mean / args.processes / peak:.1%} | {s.memory} |\n")
-    ratios = [a / b * sides[1].images / sides[0].images
-              for a, b in zip(sides[0].seconds, sides[1].seconds)]
-    text += (f"\nB trains {statistics.mean(ratios):.3f} times as many images a second as A "
-             f"(rounds: {min(ratios):.3f} - {max(ratios):.3f})\n")
-    text += ("\nParts of a step, in ms, of one more run that waits for the device between them\n\n"
-             f"| | {' | '.join(sides[0].parts)} |\n|---|{'---|' * len(sides[0].parts)}\n")
-    for tag, s in zip("AB", sides):
-        text += f"| {tag} | {' | '.join(f'{ms:.2f}' for ms in s.parts.values())} |\n"
-    diff = list(difflib.unified_diff(*(s.source.splitlines() for s in sides), "A", "B", "", "", 0,
-                                     ""))
-    added, gone = (sum(line.startswith(c) and not line.startswith(3 * c) for line in diff)
-                   for c in "+-")
-    text += f"\nscripts: {added} lines only in B, {gone} only in A\n"
-    return text + ("\n".join(diff) + "\n") * args.diff
 
-def main(argv: list) -> int:
-    if argv[:1] == ["--child"]:
-        what, path, config, changes, steps = argv[1:]
-        child = dict(run=run, flops=count_flops, parts=break_down)[what]
-        child(path, config, json.loads(changes), int(steps))
-        return 0
+def matmul_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a matrix product on this machine's device, best of 5."""
+    size, device = (16_384, "cuda") if torch.cuda.is_available() else (4096, "cpu")
+    left, right = torch.randn(2, size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(5):
+        began = now()
+        left @ right
+        best = min(best, now() - began)
+    return 2 * size**3 / best
+
+
+def speed_row(tag: str, side: Side, rate: float, peak: float) -> str:
+    """A side's row of the table of speed. rate, peak: FLOP/s of one device."""
+    mean = statistics.mean(side.seconds)
+    spread = f"{1000 * min(side.seconds):.2f} - {1000 * max(side.seconds):.2f}"
+    flops, floor, mfu = "-", "-", "-"
+    if side.flops:
+        of_step = side.flops * side.images / side.options.processes
+        flops = f"{side.flops / 1e9:.4g}"
+        floor = f"{1000 * of_step / rate:.4g}"
+        mfu = f"{of_step / mean / peak:.1%}"
+    return (
+        f"| {tag}: {side.name} | {1000 * mean:.2f} ({spread}) | {1 / mean:.3f} | "
+        f"{side.images / mean:.1f} | {flops} | {floor} | {mfu} | {side.memory} |"
+    )
+
+
+def parts_table(sides: list) -> list:
+    """Lines: milliseconds of each part of a step, and whose steps have no parts."""
+    names = dict.fromkeys([*sides[0].parts, *sides[1].parts])  # each once, in this order
+    names = [name for name in names if name not in ("rest", "step")] + ["rest", "step"]
+    lines = ["\nParts of a step, in ms, of one more run, under torch.profiler\n"]
+    lines += [f"| | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    notes = []
+    for tag, side in zip("AB", sides, strict=True):
+        cells = [f"{side.parts[name]:.2f}" if name in side.parts else "-" for name in names]
+        lines.append(f"| {tag} | {' | '.join(cells)} |")
+        if not side.parts:
+            notes.append(f"\n{tag} has no parts: its steps are not annotated")
+    return lines + notes
+
+
+def report(sides: list, options: argparse.Namespace) -> str:
+    """The tables, the ratio with its spread, what differs."""
+    a, b = sides
+    name = f"CPU, {torch.get_num_threads()} threads"
+    rate = matmul_rate(torch.bfloat16)
+    peak = rate
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        peak = next((PEAK[model] for model in PEAK if model in name), float("nan"))
+    names = (
+        "ms/step (min - max) | steps/s | images/s | GFLOP/image | floor, ms/step | MFU | peak MiB"
+    )
+    lines = [
+        f"{options.processes} x {name}, torch {torch.__version__}, {options.config}, "
+        f"{options.rounds} rounds of {options.steps} steps; bf16 matrix product: "
+        f"{rate / 1e12:.3f} TFLOP/s measured (fp32: {matmul_rate(torch.float32) / 1e12:.3f}), "
+        f"{peak / 1e12:.3f} taken as the peak of MFU",
+        f"\n| | {names} |\n|---|---|---|---|---|---|---|---|",
+        speed_row("A", a, rate, peak),
+        speed_row("B", b, rate, peak),
+    ]
+    ratios = []
+    for seconds_a, seconds_b in zip(a.seconds, b.seconds, strict=True):
+        ratios.append((b.images / seconds_b) / (a.images / seconds_a))
+    ratio = f"{statistics.mean(ratios):.3f} times as many images a second as A"
+    lines.append(f"\nB trains {ratio} (rounds: {min(ratios):.3f} - {max(ratios):.3f})")
+    lines += parts_table(sides)
+    sources = [side.source.splitlines() for side in sides]
+    diff = list(difflib.unified_diff(*sources, "A", "B", n=0, lineterm=""))
+    added = sum(line.startswith("+") for line in diff[2:])
+    gone = sum(line.startswith("-") for line in diff[2:])
+    lines.append(f"\nscripts: {added} lines only in B, {gone} only in A")
+    if options.diff:
+        lines += diff
+    return "\n".join(lines)
+
+
+def main(arguments: list) -> int:
+    if arguments[:1] == ["--child"]:
+        _, task, path, config, changes, steps = arguments
+        return CHILDREN[task](path, config, ast.literal_eval(changes), int(steps))
     parser = argparse.ArgumentParser(usage=__doc__)
-    add = parser.add_argument
-    add("a")
-    add("b")
-    add("--config", default="cifar10" if torch.cuda.is_available() else "cifar10-cpu")
-    add("--steps", type=int, default=100)
-    add("--rounds", type=int, default=2)
-    add("--processes", type=int, default=1)
-    add("--set", nargs="*", default=[])
-    add("--diff", action="store_true")
-    args = parser.parse_args(argv)
+    parser.add_argument("a")
+    parser.add_argument("b")
+    parser.add_argument("--config", default="cifar10" + "-cpu" * (not torch.cuda.is_available()))
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--set", nargs="*", default=[])
+    parser.add_argument("--noise", action="store_true")
+    parser.add_argument("--diff", action="store_true")
+    options = parser.parse_args(arguments)
     try:
-        if not (3 <= args.steps <= 10 or args.steps % 50 == 0 < args.steps):
-            raise ValueError("--steps must be 3 .. 10 or a multiple of 50: those are logged")
-        print(report(compare(args), args), end="")
-    except (OSError, ValueError, KeyError, TypeError, SyntaxError) as e:
-        print(f"compare.py: {type(e).__name__}: {e}", file=sys.stderr)
+        if not (3 <= options.steps <= 10 or options.steps % 50 == 0 < options.steps):
+            raise UserError("--steps must be 3 .. 10 or a multiple of 50: those are logged")
+        print(report(compare(options), options))
+    except (UserError, OSError) as error:
+        print(f"compare.py: {error}", file=sys.stderr)
         return 2
     return 0
+
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
