@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# ./run.sh [cifar10 | cifar10-cpu | imagenet256]   environment, data, training, evaluation
-# ./run.sh test                                    environment, tests
+# ./run.sh [CONFIG]        environment, data, training, evaluation of one of the script's CONFIGS
+# ./run.sh test [smoke]    environment, all tests, or only those of test_smoke.py
 #
 # Without a GPU the default is cifar10-cpu. The environment is .venv, or the interpreter named in
 # PYTHON; neither is touched when requirements.txt is met already. SEED and RESUME reach the
@@ -12,10 +12,12 @@ cd "$(dirname "$0")"
 fail() { echo "run.sh: $*" >&2; exit 2; }
 
 what=${1:-default}
-case $what in default|test|cifar10|cifar10-cpu|imagenet256) ;;
-  *) fail "unknown track '$what': choose cifar10, cifar10-cpu, imagenet256 or test" ;;
+configs=$(sed -n 's/^ *"\([^"]*\)": Config(.*/\1/p' train_speedrun.py | paste -sd ' ')
+case "$*" in
+  ""|test|"test smoke") ;;
+  *) [[ $# = 1 && " $configs " = *" $what "* ]] ||
+       fail "unknown config '$*': choose one of $configs, or test [smoke]" ;;
 esac
-[ $# -le 1 ] || fail "one argument at most: a track, or test"
 
 # -- environment ------------------------------------------------------------------------------
 if [ -n "${PYTHON:-}" ]; then
@@ -51,14 +53,22 @@ if ! requirements_met; then
 fi
 
 if [ "$what" = test ]; then
-  exec "$python" -m pytest -q test_smoke.py
+  exec "$python" -m pytest -q ${2:+test_smoke.py}
 fi
 
 # -- data, training, evaluation -----------------------------------------------------------------
-gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-if [ "$what" = default ]; then
-  if [ "$gpus" -gt 0 ]; then what=cifar10; else what=cifar10-cpu; fi
-fi
+# The number of GPUs and the track of the config, as the training script has it
+facts=$("$python" - "$what" <<'PY'
+import sys
+import torch
+from train_speedrun import CONFIGS
+gpus, name = torch.cuda.device_count(), sys.argv[1]
+if name == "default":
+    name = "cifar10" if gpus else "cifar10-cpu"
+print(gpus, name, CONFIGS[name].track)
+PY
+)
+read -r gpus what track <<< "$facts"
 if [ "$gpus" -gt 1 ]; then
   launch=("$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus")
 else
@@ -66,8 +76,8 @@ else
 fi
 
 started=$SECONDS
-if [ "$what" != imagenet256 ]; then
-  "$python" data/download.py cifar10
+if [ "$track" != imagenet256 ]; then
+  "$python" data/download.py "$track"
 elif [ -n "${IMAGES:-}" ]; then
   "${launch[@]}" data/download.py imagenet256 --images "$IMAGES" --features
 elif ! [ -e data/imagenet256/manifest.json ]; then
