@@ -1147,6 +1147,7 @@ def open_data(cfg: Config, track: Track) -> tuple[Shards, Shards]:
             f"data/{track.name} holds {data.count} training and {val.count} validation images, not "
             f"{track.train_images} and {track.val_images}; run: python data/download.py {track.name}"
         )
+    load_captions(track, "cpu")  # a damaged table shows before any work
     return data, val
 
 
