@@ -9,6 +9,7 @@ import ast
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -129,7 +130,14 @@ def train_here(folder: Path, monkeypatch, **environment) -> Path:
     monkeypatch.setattr(sys, "argv", ["train_speedrun.py", "tiny"])
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert import_snapshot(folder / "train_speedrun.py").main() == 0
+    handler = signal.getsignal(signal.SIGTERM)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as many as other processes have: see ENV
+    try:
+        assert import_snapshot(folder / "train_speedrun.py").main() == 0
+    finally:
+        torch.set_num_threads(threads)
+        signal.signal(signal.SIGTERM, handler)
     return last_run(folder)
 
 

