@@ -335,6 +335,8 @@ def test_lite_takes_the_wheels_names_and_scales_pixels(tmp_path, monkeypatch):
     lite = networks.Lite(captions, CPU)
     for name, x in lite.net.state_dict().items():
         assert x.equal(state[name])
+    near, far = (dict(lite=torch.randn(40, 8) + k, label=torch.arange(40) % 2) for k in (0, 2))
+    assert lite.values(near, far)[0] == 1000 * metrics.kernel_distance(near["lite"], far["lite"])
     lite.net = torch.flatten
     black_and_white = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
     seen = lite(black_and_white.expand(2, 3, 8, 8), [0, 1])

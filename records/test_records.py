@@ -252,6 +252,9 @@ def test_the_published_folders_verify_under_the_first_contract(tmp_path):
     assert len(folders) == 6 and done.stderr == "" and "FAIL" not in done.stdout
     assert done.stdout.count("ok   contract: the first") == 6
     assert "2026-11-20_First-run: an example, no record; 1 x AMD EPYC, 2 threads" in done.stdout
+    snapshot = (folders[0] / "train_speedrun.py").read_bytes()
+    assert stats.check_contract(snapshot, "cifar10")[0]
+    assert not stats.check_contract(snapshot.replace(b"2025", b"2026"), "cifar10")[0]
 
 
 def test_a_finished_runs_log_parses_and_one_cut_anywhere_is_one_line(trained, tmp_path, call):
