@@ -55,7 +55,7 @@ def everything_on(tmp_path_factory, lite_weights):
 def drawn(tiny):
     """The tiny track's data, and a batch of it for a model with all switches and no zero weight."""
     world = ts.World()
-    data = ts.open_data(ALL, TRACK)
+    data = ts.open_data(ALL, TRACK, world)
     captions = ts.load_captions(TRACK, world.device)
     model = ts.Transformer(ALL, TRACK).requires_grad_(False)
     torch.manual_seed(0)

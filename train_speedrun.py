@@ -19,15 +19,18 @@ M values of an image (and, with REG, of its class token).
 
 import copy
 import ctypes
+import fcntl
 import gc
 import hashlib
 import json
 import math
 import os
 import platform
+import re
 import resource
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -627,7 +630,7 @@ class Muon(torch.optim.Optimizer):
         return dict(momenta=[whole for whole, _ in gathered])
 
     def load_state_dict(self, state: dict):
-        for momentum, whole in zip(self.momenta, state["momenta"]):
+        for momentum, whole in zip(self.momenta, state["momenta"], strict=True):
             momentum.copy_(self.world.share(whole))
 
 
@@ -673,6 +676,8 @@ class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2."""
 
 
+# sha256 of manifest.json, for tracks whose shards are the same on every machine
+MANIFESTS = {"cifar10": "c0946b2b3ef2dac73e411bbc877273c90cc733796389b900c57c1e12aaba1c60"}
 UNREADABLE = (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError)
 
 
@@ -681,8 +686,10 @@ class Shards:
 
     def __init__(self, track: Track, split: str, shapes: dict[str, tuple]):
         """shapes: of what is read of each image, {name: shape}. Raises UserError."""
+        self.track = track
         self.shapes = shapes
         self.shards = []  # {name: array (n, *shape)} each
+        self.hashes = {}  # {path: sha256 of the file, as the manifest has it}, one each
         path = Path("data", track.name, "manifest.json")
         try:
             text = path.read_bytes()
@@ -698,6 +705,7 @@ class Shards:
                 if found != wanted:
                     raise ValueError(f"holds {found}, not {wanted}")
                 self.shards.append(shard)
+                self.hashes[path] = manifest["files"][name]["sha256"]
         except UNREADABLE as error:
             options = " --images DIR --features" if "features" in shapes else ""
             raise UserError(
@@ -708,6 +716,23 @@ class Shards:
         self.is_trial = "shards" in manifest.get("request", ())  # only a part of the data
         self.starts = np.cumsum([0] + [len(shard["labels"]) for shard in self.shards])
         self.count = int(self.starts[-1])
+
+    def check(self, label_count: int, world):
+        """Reads every shard once, each process its part. Off the clock. Raises UserError."""
+        shards = list(zip(self.hashes.items(), self.shards))
+        for (path, expected), shard in shards[world.rank :: world.size]:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            labels = shard["labels"]
+            if digest != expected:
+                fault = "is not what the manifest says (sha256)"
+            elif labels.min() < 0 or labels.max() >= label_count:
+                fault = f"has labels that are not in 0 .. {label_count - 1}"
+            elif not torch.from_numpy(shard["latents"]).isfinite().all():
+                fault = "has latents that are not finite"
+            else:
+                continue
+            raise UserError(f"{path} {fault}; run: python data/download.py {self.track.name}")
 
     def gather(self, indices: np.ndarray, device) -> dict[str, Tensor]:
         """Copies of rows `indices` (B,), as stored: {name: (B, *shape)}, pinned for a GPU."""
@@ -832,24 +857,75 @@ def make_batch(model, captions: Tensor, rows: dict, seed: int, step: int, world)
 # ---------------------------------------------------------------------------------------------
 
 
+def environment_number(name: str, default: int) -> int:
+    """A whole number from the environment. Raises UserError."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise UserError(f"{name}={text!r} is not a whole number of at most nine digits")
+    return int(text)
+
+
+def complain(problem: str, world: "World | None"):
+    """One line on standard error, with the place where it is known."""
+    place = f"rank {world.rank}, step {world.step}: " if world and world.step else ""
+    print(f"train_speedrun.py: {place}{problem}", file=sys.stderr, flush=True)
+
+
 class World:
-    """This process among all, and the collectives of a run. One process needs no launcher."""
+    """This process among all, and the collectives of a run. One process needs no launcher.
+
+    Raises UserError where the environment is not that of a launcher.
+    """
 
     def __init__(self):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self.step = 0  # for error lines
+        self.rank = environment_number("RANK", 0)
+        self.size = environment_number("WORLD_SIZE", 1)
+        local_rank = environment_number("LOCAL_RANK", 0)
+        if self.rank >= self.size or self.size > 1 and "MASTER_PORT" not in os.environ:
+            raise UserError(
+                f"RANK={self.rank} and WORLD_SIZE={self.size} are not torchrun's: unset them, or "
+                f"start with torchrun --nproc_per_node={max(self.size, 1)} train_speedrun.py"
+            )
+        self.step = 0  # for error lines, as the folder
+        self.folder = None
         self.device = torch.device("cpu")
         backend = "gloo"
         if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            if local_rank >= torch.cuda.device_count():
+                raise UserError(
+                    f"process {local_rank} of this node has no GPU of its own: there are "
+                    f"{torch.cuda.device_count()}, start as many processes"
+                )
+            self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
             backend = "nccl"
         elif platform.libc_ver()[0] == "glibc":  # keep freed memory: new pages cost more
             ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
             ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
         if self.size > 1:  # the timeout is that of one collective
+            if sys.platform == "linux":  # killed when torchrun dies, or it would train on
+                ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
             dist.init_process_group(backend, timeout=timedelta(minutes=10))
+
+    def end_on_signals(self):
+        """SIGTERM and Ctrl-C end this process with one line, also where a collective waits.
+
+        Python calls a handler only between two of its own instructions, hence the thread.
+        """
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
+
+        def wait():
+            cause = signal.Signals(os.read(reader, 1)[0]).name
+            if self.rank == 0:
+                mend = f"continue with RESUME={self.folder}" if self.folder else "start again"
+                complain(f"ended by {cause} (or another process died); {mend}", self)
+            os._exit(2)
+
+        threading.Thread(target=wait, daemon=True).start()
 
     def part(self, count: int) -> slice:
         """This process's part of `count` rows."""
@@ -1046,6 +1122,8 @@ def warm_up(state: State, shapes: dict[str, tuple], captions: Tensor):
         validation = Batch(x, x + 1, batch.t[:1].repeat(size), batch.text[:1].repeat(size, 1))
         state.loss_terms(state.ema, validation)
     state.load_state_dict(before)
+    if world.device.type == "cuda":  # the copy above is no part of the run's memory
+        torch.cuda.reset_peak_memory_stats()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1098,16 +1176,56 @@ def save_state(folder: Path, state: State, meta: dict):
 
 def load_state(folder: Path, code_sha256: str) -> dict:
     """What a killed run left in its folder. Raises UserError."""
+    path = folder / "state.pt"
+    if not path.exists():
+        raise UserError(
+            f"{folder} has no state to resume from: it is finished or no run's folder; "
+            "start a new run"
+        )
     try:
-        saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"config", "seed", "step", "seconds", "code_sha256"} - saved["meta"].keys()
     except Exception as error:
-        reason = f"has no state to resume from ({type(error).__name__})"
-        raise UserError(f"{folder} {reason}: it is finished or no run's folder; start a new run")
-    if saved["meta"]["code_sha256"] != code_sha256:
+        raise UserError(f"{path} is damaged ({type(error).__name__}): start a new run")
+    if missing:
+        raise UserError(f"{path} is no state of a run: start a new run")
+    if saved["meta"]["code_sha256"] != code_sha256 or saved["meta"]["config"] not in CONFIGS:
         raise UserError(
             f"{folder} is of another train_speedrun.py: cp {folder}/train_speedrun.py ."
         )
     return saved
+
+
+def make_folder(name: str, source: str) -> Path:
+    """A new folder under logs/ with the snapshot and the log's head.
+
+    It is this run's alone, also where another one starts in the same second. Raises UserError.
+    """
+    folder = Path("logs", name)
+    count = 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            count += 1
+            folder = Path("logs", f"{name}_{count}")
+    write_atomic(folder / "train_speedrun.py", lambda path: path.write_text(source))
+    write_atomic(folder / "log.txt", lambda path: path.write_text(source + "=" * 100 + "\n"))
+    return folder
+
+
+def open_log(folder: Path):
+    """The log of a run, locked until this process ends: one alone may write. Raises UserError."""
+    try:
+        file = open(folder / "log.txt", "r+")  # noqa: SIM115
+        file.seek(0, os.SEEK_END)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        raise UserError(f"{folder} is no run's folder: give one of logs/")
+    except BlockingIOError:
+        raise UserError(f"{folder} is being written by another process: wait for it, or end it")
+    return file
 
 
 def check_config(cfg: Config, world: World):
@@ -1136,18 +1254,23 @@ def check_config(cfg: Config, world: World):
     assert nfe <= track.max_nfe, f"sample takes {nfe} network evaluations, of {track.max_nfe}"
 
 
-def open_data(cfg: Config, track: Track) -> tuple[Shards, Shards]:
-    """Training and validation shards, checked against the contract. Raises UserError."""
+def open_data(cfg: Config, track: Track, world: World) -> tuple[Shards, Shards]:
+    """Training and validation shards, read once and checked. Raises UserError."""
     shapes = dict(latents=track.shape, labels=())
     features = dict(features=(1 + PATCHES, PCA)) if cfg.reg or cfg.repa else {}
     data = Shards(track, "train", shapes | features)
     val = Shards(track, "val", shapes)
+    mend = f"run: python data/download.py {track.name}"
     if not data.is_trial and data.count != track.train_images or val.count < track.val_images:
         raise UserError(
             f"data/{track.name} holds {data.count} training and {val.count} validation images, not "
-            f"{track.train_images} and {track.val_images}; run: python data/download.py {track.name}"
+            f"{track.train_images} and {track.val_images}; {mend}"
         )
-    load_captions(track, "cpu")  # a damaged table shows before any work
+    if not data.is_trial and data.sha256 != MANIFESTS.get(track.name, data.sha256):
+        raise UserError(f"data/{track.name}/manifest.json is not that of {track.name}; {mend}")
+    label_count = len(load_captions(track, "cpu"))
+    data.check(label_count, world)
+    val.check(label_count, world)
     return data, val
 
 
@@ -1161,33 +1284,37 @@ class Run:
         source = Path(__file__).read_text()
         code = hashlib.sha256(source.encode()).hexdigest()
         self.meta = dict(config=name, seed=seed, step=0, images=0, seconds=0.0, code_sha256=code)
+        self.folder = resume
+        self.log_file = open(os.devnull, "w")  # noqa: SIM115
         if resume:
+            if world.rank == 0:
+                self.log_file = open_log(resume)
             saved = load_state(resume, code)
             self.meta = saved["meta"]
         self.resumed = int(bool(resume))
         self.cfg = CONFIGS[self.meta["config"]]
         self.track = TRACKS[self.cfg.track]
         check_config(self.cfg, world)
-        self.data, self.val = open_data(self.cfg, self.track)
+        self.data, self.val = open_data(self.cfg, self.track, world)
         self.meta.update(track=self.track.name, data_sha256=self.data.sha256)
         torch.set_float32_matmul_precision("high")
         self.state = State(self.cfg, self.meta["seed"], world)
         self.clock = Clock(world, self.meta["seconds"])
+        if world.rank == 0 and not resume:
+            run_id = f"{datetime.now():%Y%m%d-%H%M%S}_{name}_seed{seed}"
+            self.folder = make_folder(run_id, source)
+            self.log_file = open_log(self.folder)
+        world.folder = self.folder
         if resume:
-            self.state.load_state_dict(saved)
-            self.folder = resume
-            first_line = f"\nresumed from step {self.meta['step']} at {self.clock.seconds:.3f}s"
-        else:
-            self.folder = Path("logs", f"{datetime.now():%Y%m%d-%H%M%S}_{name}_seed{seed}")
-            first_line = source + "=" * 100
-            if world.rank == 0:
-                write_atomic(
-                    self.folder / "train_speedrun.py", lambda path: path.write_text(source)
+            try:
+                self.state.load_state_dict(saved)
+            except Exception as error:  # torch's own errors have no common class
+                raise UserError(
+                    f"{resume}/state.pt is damaged ({type(error).__name__}): start again"
                 )
+            self.log(f"\nresumed from step {self.meta['step']} at {self.clock.seconds:.3f}s")
+        else:
             save_state(self.folder, self.state, self.meta)  # a full disk shows now
-        path = self.folder / "log.txt" if world.rank == 0 else os.devnull
-        self.log_file = open(path, "a")  # noqa: SIM115
-        print(first_line, file=self.log_file)
         trial = " (a part: a trial, no record)" if self.data.is_trial else ""
         self.log(
             f"{self.folder}: seed {self.meta['seed']}, {self.parameters() / 1e6:.2f}M parameters, "
@@ -1292,23 +1419,18 @@ def train(run: Run, world: World):
 # ---------------------------------------------------------------------------------------------
 
 
-def terminated(signum, frame):
-    raise UserError("ended by SIGTERM (or another process died); RESUME=logs/<run_id> resumes")
-
-
 def main() -> int:
     """The track from the command line, RESUME and SEED from the environment. The exit code."""
     world = None
     status = 0
     try:
-        signal.signal(signal.SIGTERM, terminated)
         name = " ".join(sys.argv[1:]) or "cifar10"
-        seed = os.environ.get("SEED", "0")
+        seed = environment_number("SEED", 0)
         resume = os.environ.get("RESUME")
         assert name in CONFIGS, f"unknown track {name!r}: choose one of {', '.join(CONFIGS)}"
-        assert seed.isdigit(), f"SEED={seed!r} is not a whole number"
         world = World()
-        train(Run(name, int(seed), Path(resume) if resume else None, world), world)
+        world.end_on_signals()
+        train(Run(name, seed, Path(resume) if resume else None, world), world)
     except (UserError, AssertionError, OSError) as error:
         status = 2
         problem = str(error)
@@ -1318,8 +1440,7 @@ def main() -> int:
         status = 1
         problem = f"{str(error).splitlines()[0]}: another process died, or a bug here"
     if status:
-        place = f"rank {world.rank}, step {world.step}: " if world and world.step else ""
-        print(f"train_speedrun.py: {place}{problem}", file=sys.stderr, flush=True)
+        complain(problem, world)
     if world and world.size > 1:
         if status:
             os._exit(status)  # never wait for a dead process

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,20 +125,31 @@ def last_run(folder: Path) -> Path:
     return max((folder / "logs").iterdir(), key=lambda path: path.stat().st_mtime)
 
 
+@contextmanager
+def own_signals():
+    """What a script's main() does to the signals of this process ends with the block."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def train_here(folder: Path, monkeypatch, **environment) -> Path:
     """Trains the racer's script in this process; the run's folder."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["train_speedrun.py", "tiny"])
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    handler = signal.getsignal(signal.SIGTERM)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as many as other processes have: see ENV
     try:
-        assert import_snapshot(folder / "train_speedrun.py").main() == 0
+        with own_signals():
+            assert import_snapshot(folder / "train_speedrun.py").main() == 0
     finally:
         torch.set_num_threads(threads)
-        signal.signal(signal.SIGTERM, handler)
     return last_run(folder)
 
 

@@ -40,7 +40,7 @@ from torch.utils.flop_counter import flop_registry
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data.common import UserError, import_snapshot, now  # noqa: E402
+from data.common import UserError, import_snapshot, now, sha256_of  # noqa: E402
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bf16 FLOP/s, dense, as stated
 VALIDATION_IMAGES = 64  # a timed run validates once, after its clock has stopped
@@ -210,11 +210,12 @@ def write_noise(track, folder: Path, count: int = 2048):
         shard["labels"] = torch.arange(rows, dtype=torch.int16) % 10
         shard["features"] = torch.randint(-127, 128, (rows, 257, 64), dtype=torch.int8)
         save_file(shard, path, {"track": track.name})
-        files[path.name] = {"count": rows, "bytes": path.stat().st_size}
+        files[path.name] = {"count": rows, "sha256": sha256_of(path)}
     table = {"pooled": torch.randn(10, track.text_width).half()}
     metadata = {"labels": str(list(range(10))), "captions": json.dumps(["noise"] * 10)}
     save_file(table, folder / "text.safetensors", metadata)
-    (folder / "manifest.json").write_text(json.dumps({"count": count, "files": files}))
+    manifest = {"files": files, "request": {"shards": "noise"}}  # a part: no record's data
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def place_data(track, folder: Path, noise: bool):

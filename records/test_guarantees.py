@@ -10,9 +10,11 @@ import platform
 import re
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -27,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_speedrun as ts
 from data import testing
-from data.common import import_snapshot, read_split
+from data.common import import_snapshot, read_split, sha256_of
 from data.testing import ALL, CONFIG, ROOT, TRACK, distance, last_run, racer, train_here
 
 # A finished run keeps no state: this one has it in final/
@@ -116,7 +118,8 @@ def refused(monkeypatch, capsys):
             patch.setattr(sys, "argv", ["train_speedrun.py", track])
             for name, value in environment.items():
                 patch.setenv(name, value)
-            assert main() == 2
+            with testing.own_signals():
+                assert main() == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and all(word in error for word in words), error
 
@@ -185,6 +188,7 @@ def test_a_run_killed_four_times_ends_as_if_it_never_was(alone, tmp_path, monkey
 
 
 NOT_FINITE = "step 16: the loss of step 13 is not finite"
+TERMINATED = r"rank 0, step 13: ended by SIGTERM .*RESUME=logs/\d{8}-\d{6}_tiny_seed0$"
 DIED = r"step 1\d: .*another process died"
 FULL = r"step 16: cannot write .*state.pt.*free some disk"
 
@@ -194,10 +198,11 @@ FULL = r"step 16: cannot write .*state.pt.*free some disk"
     [
         (1, 'batch.x.fill_(float("nan"))', [2, 2], [NOT_FINITE, NOT_FINITE]),
         (1, "os.kill(os.getpid(), signal.SIGKILL)", [1, -9], [DIED, ""]),
-        (1, "os.kill(os.getpid(), signal.SIGTERM)", [1, 2], [DIED, "step 13: ended by SIGTERM"]),
+        (1, "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)", [1, 2], [DIED, ""]),
+        (0, "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)", [2, 1], [TERMINATED, DIED]),
         (0, "resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))", [2, 1], [FULL, DIED]),
     ],
-    ids=["not finite", "killed", "terminated", "full disk"],
+    ids=["not finite", "killed", "terminated", "the first terminated", "full disk"],
 )
 def test_a_run_that_fails_on_one_process_says_so_on_each(rank, code, codes, lines, tmp_path):
     """None of them hangs, and what was saved is whole."""
@@ -235,13 +240,87 @@ def test_only_a_whole_state_of_the_same_script_is_resumed(tmp_path, monkeypatch,
     main = import_snapshot(tmp_path / "train_speedrun.py").main
     refused(main, "step 16: the loss of step 13 is not finite")
     run = last_run(Path())
+    saved = torch.load(run / "state.pt")
+    log = (run / "log.txt").read_bytes()
     with open("train_speedrun.py", "a") as file:
         file.write("# another idea\n")
     refused(main, f"another train_speedrun.py: cp {run}/train_speedrun.py .", RESUME=str(run))
     shutil.copy(run / "train_speedrun.py", ".")
     os.truncate(run / "state.pt", 5000)
-    for place in (str(run), "nowhere"):
-        refused(main, f"{place} has no state to resume from", RESUME=place)
+    refused(main, f"{run}/state.pt is damaged", RESUME=str(run))
+    for content in ({}, dict(meta=[]), dict(meta=dict(step=5)), dict(saved, ema={})):
+        torch.save(content, run / "state.pt")
+        refused(main, f"{run}/state.pt is", "start", RESUME=str(run))
+    saved["meta"]["config"] = "mnist"
+    torch.save(saved, run / "state.pt")
+    refused(main, f"cp {run}/train_speedrun.py .", RESUME=str(run))
+    with ts.open_log(run):
+        refused(main, f"{run} is being written by another process", RESUME=str(run))
+    (run / "state.pt").unlink()
+    refused(main, f"{run} has no state to resume from: it is finished", RESUME=str(run))
+    refused(main, "nowhere is no run's folder", RESUME="nowhere")
+    assert (run / "log.txt").read_bytes() == log
+
+
+def test_whoever_can_resume_has_the_snapshot_and_the_source(tiny, monkeypatch, refused):
+    def fails(folder, *_):
+        raise ts.UserError("no state was written")
+
+    monkeypatch.setattr(ts, "save_state", fails)
+    refused(ts.main, "no state was written")
+    source = Path(ts.__file__).read_text()
+    assert (last_run(tiny) / "train_speedrun.py").read_text() == source
+    assert (last_run(tiny) / "log.txt").read_text().startswith(source)
+
+
+def test_runs_of_one_second_have_folders_of_their_own(tiny):
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: ts.make_folder("run", "source\n"), range(8)))
+    assert sorted(map(str, folders)) == ["logs/run", *(f"logs/run_{k}" for k in range(2, 9))]
+
+
+# At step 3 a process says its number, then waits as in a collective that nobody else joins
+BLOCKED = """
+def train_step(state, step, batch, original=train_step):
+    if step == 3:
+        Path(f"process_{state.world.rank}").write_text(str(os.getpid()))
+        mutex = ctypes.create_string_buffer(64)
+        for _ in range(2):
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)
+    return original(state, step, batch)
+"""
+
+
+@pytest.mark.parametrize("processes", [0, 2], ids=["Ctrl-C", "torchrun is killed"])
+def test_a_process_that_is_blocked_ends(processes, tmp_path):
+    """By Ctrl-C with one line, or with its launcher."""
+    folder = racer(tmp_path, extra=BLOCKED)
+    order = testing.command("train_speedrun.py", "tiny", processes=processes)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(order, cwd=folder, env=testing.ENV, **pipes) as process:
+        said = [folder / f"process_{rank}" for rank in range(max(processes, 1))]
+        wait_for(lambda: all(path.exists() and path.read_text() for path in said))
+        process.send_signal(signal.SIGKILL if processes else signal.SIGINT)
+        wait_for(lambda: all(has_ended(path.read_text()) for path in said))
+        error = process.communicate()[1]
+    if not processes:
+        cause = "train_speedrun.py: rank 0, step 4: ended by SIGINT (or another process died)"
+        assert error == f"{cause}; continue with RESUME=logs/{last_run(folder).name}\n"
+        assert process.returncode == 2
+
+
+def wait_for(condition):
+    for _ in range(10 * testing.LIMIT):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it never came")
+
+
+def has_ended(number: str) -> bool:
+    """Nothing is left of the process but, at most, its exit code."""
+    path = Path("/proc", number, "stat")
+    return not path.exists() or path.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def some_rows() -> dict:
@@ -390,6 +469,21 @@ def rewrite(track: str = "tiny", **changes):
     """The second shard with other content, or without what is None, as a whole file."""
     tensors = load_file(SHARD) | changes
     save_file({name: x for name, x in tensors.items() if x is not None}, SHARD, dict(track=track))
+    manifest = json.loads(MANIFEST.read_text())
+    manifest["files"][SHARD.name]["sha256"] = sha256_of(SHARD)
+    MANIFEST.write_text(json.dumps(manifest))
+
+
+def flip_one_bit():
+    content = bytearray(SHARD.read_bytes())
+    content[-1] ^= 1
+    SHARD.write_bytes(content)
+
+
+def set_last_label(label: int):
+    labels = load_file(SHARD)["labels"]
+    labels[-1] = label
+    rewrite(labels=labels)
 
 
 def rename_in_manifest(old: str, new: str):
@@ -417,6 +511,9 @@ DAMAGE = {
     "no captions": lambda: (DATA / "text.safetensors").unlink(),
     "uneven captions": lambda: label_captions([0, 0, 0, 1, 2, 2, 3, 3]),
     "label without captions": lambda: label_captions([0, 1, 3]),
+    "a flipped bit": flip_one_bit,
+    "a negative label": lambda: set_last_label(-1),
+    "a label beyond the captions": lambda: set_last_label(4),
 }
 
 
@@ -430,16 +527,49 @@ def test_damaged_data_is_one_line_and_no_run(damage, tiny, monkeypatch, refused)
 
 def test_features_are_wanted_where_a_config_learns_from_them(tiny, monkeypatch, refused):
     rewrite(features=None)
-    ts.open_data(CONFIG, TRACK)  # no error
+    ts.open_data(CONFIG, TRACK, world_of(0, 1))  # no error
     monkeypatch.setitem(ts.CONFIGS, "tiny", ALL)
     refused(ts.main, "features", "run: python data/download.py tiny --images DIR --features")
+
+
+def test_other_data_than_the_tracks_is_refused(tiny, monkeypatch, refused):
+    monkeypatch.setitem(ts.MANIFESTS, "tiny", "0" * 64)
+    refused(ts.main, "data/tiny/manifest.json is not that of tiny", "run: python data/download.py")
+    monkeypatch.delitem(ts.MANIFESTS, "tiny")
+    monkeypatch.setitem(ts.TRACKS, "tiny", replace(TRACK, dtype="float32"))
+    for path in DATA.glob("*_00?.safetensors"):  # the validation shard is the last one
+        shard = load_file(path)
+        latents = shard["latents"].float()
+        latents[-1, 0, 0, 0] = float("nan" if path.name.startswith("val") else 0)
+        save_file(dict(shard, latents=latents), path, dict(track="tiny"))
+        manifest = json.loads(MANIFEST.read_text())
+        manifest["files"][path.name]["sha256"] = sha256_of(path)
+        MANIFEST.write_text(json.dumps(manifest))
+    refused(ts.main, "val_000.safetensors has latents that are not finite")
+
+
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        (dict(SEED="x"), "SEED='x' is not a whole number"),
+        (dict(SEED="²"), "SEED='²' is not a whole number"),
+        (dict(SEED="1" * 30), "is not a whole number of at most nine digits"),
+        (dict(WORLD_SIZE="abc"), "WORLD_SIZE='abc' is not a whole number"),
+        (dict(WORLD_SIZE="0"), "RANK=0 and WORLD_SIZE=0 are not torchrun's"),
+        (dict(WORLD_SIZE="2"), "RANK=0 and WORLD_SIZE=2 are not torchrun's"),
+        (dict(RANK="5"), "RANK=5 and WORLD_SIZE=1 are not torchrun's"),
+        (dict(LOCAL_RANK="-1"), "LOCAL_RANK='-1' is not a whole number"),
+    ],
+)
+def test_an_environment_that_is_no_launchers_is_one_line(environment, words, tiny, refused):
+    refused(ts.main, words, **environment)
+    assert not Path("logs").exists()
 
 
 def test_commands_refuse_what_they_do_not_know(tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     refused(ts.main, "mnist", "cifar10, cifar10-cpu, imagenet256", track="mnist")
     refused(ts.main, "manifest.json", "data/download.py cifar10", track="cifar10")
-    refused(ts.main, "SEED='x' is not a whole number", track="cifar10", SEED="x")
     for name in ("run.sh", "requirements.txt", "train_speedrun.py"):
         shutil.copy(ROOT / name, tmp_path)
     monkeypatch.setenv("PYTHON", sys.executable)
