@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_speedrun as ts
 from data.common import key_of, read_contract, sha256
 from data.testing import CONFIG, ENV, ROOT, TRACK, python, racer, refuses
-from records import checks, compare, series, snapshots, stats
+from records import checks, compare, series, snapshots, stats, trace
 
 LOSSES = (0.1890, 0.1894, 0.1887, 0.1891)
 PAIRED = (0.1891, 0.1882, 0.1889, 0.1886)  # of the same idea, in as many steps as
@@ -607,16 +607,16 @@ def test_two_scripts_are_timed_in_turn_on_the_racers_data(tmp_path, monkeypatch,
 def test_noise_has_the_tracks_form_and_trains(tmp_path, monkeypatch, capsys):
     """Where it is asked for, and where there is no data."""
     script = str(racer(tmp_path / "racer") / "train_speedrun.py")
-    monkeypatch.setattr(compare, "ROOT", tmp_path / "racer")
-    for name, track, noise in (("a", TRACK, True), ("b", ts.TRACKS["cifar10"], False)):
+    given = str(tmp_path / "racer" / "data")
+    for name, track, data in (("b", ts.TRACKS["cifar10"], given), ("a", TRACK, "")):
         (tmp_path / name).mkdir()
-        compare.place_data(track, tmp_path / name, noise)
-        assert not (tmp_path / name / "data" / track.name).is_symlink()
-    monkeypatch.chdir(tmp_path / "a")
+        monkeypatch.chdir(tmp_path / name)
+        compare.place_data(track, data)
+        assert Path("data", track.name).is_dir() and not Path("data", track.name).is_symlink()
     noise = load_file("data/tiny/train_000.safetensors")["latents"]
     assert (noise == 255).double().mean() > 0.1  # not wrapped around
     monkeypatch.setattr("sys.argv", [])
-    assert compare.main(["--child", "parts", script, "tiny", "{'width': 16}", "4"]) == 0
+    assert compare.main(["--child", "parts", script, "tiny", "{'width': 16}", "4", ""]) == 0
     out = capsys.readouterr().out
     assert '"muon": ' in out.partition("\nparts: ")[2] and "2048 training images" in out
 
@@ -641,13 +641,13 @@ def test_parts_of_a_trace_are_the_hosts_or_what_the_device_did_for_them():
         device += kernel(start + 1, start + 150, start + 800, 400, thread=9)  # autograd's
         device += kernel(start + 2, start + 350, start + 1200, 50)
         device += kernel(start + 3, start + 450, start + 1250, 7)  # in no part
-    host = compare.average_parts(events, 2)
+    host = trace.average_parts(events, 2)
     assert host == dict(forward=0.1, backward=0.2, muon=0.1, rest=0.35, step=0.75)
-    on_device = compare.average_parts(events + device, 2)
+    on_device = trace.average_parts(events + device, 2)
     wanted = dict(forward=0.3, backward=0.4, muon=0.05, rest=0.125, step=0.875)
     assert on_device == pytest.approx(wanted)
     without = [event for event in events if event["name"] != "step"]
-    assert compare.average_parts(without, 2) == compare.average_parts(events, 4) == {}
+    assert trace.average_parts(without, 2) == trace.average_parts(events, 4) == {}
 
 
 def test_the_report_is_arithmetic_of_what_was_measured(monkeypatch):
@@ -674,13 +674,24 @@ BAD_ARGUMENTS = {
     "--steps 11": "--steps must be",
     "--steps 2": "--steps must be",
     "--steps 0": "--steps must be",
-    "--set nothing=1": "nothing",
+    "--rounds 0": "--rounds and --processes must be 1 or more",
+    "--processes 0": "--rounds and --processes must be 1 or more",
     "--set width=x(": "'width=x(' is no change of a config",
-    "--config none": "none: KeyError",
+    "--set batch_size=0": "'batch_size=0' is no change of a config",
+    "--set batch_size=-8": "'batch_size=-8' is no change of a config",
+}
+# A script's last lines, and what is said of it
+BAD_SCRIPTS = {
+    "raise ValueError('no import')": "tiny: ValueError: no import",
+    "sys.exit('I am gone')": "tiny: SystemExit: I am gone",
+    "del CONFIGS": "tiny: AttributeError: module 'snapshot' has no attribute 'CONFIGS'",
+    "CONFIGS.clear()": "tiny: KeyError: 'tiny'",
+    "TRACKS.clear()": "tiny: KeyError: 'tiny'",
+    "x = )": "tiny: SyntaxError",
 }
 
 
-def test_bad_arguments_and_failing_scripts_are_one_line(tmp_path, monkeypatch, call):
+def test_bad_arguments_are_one_line(tmp_path, monkeypatch, call):
     folder = racer(tmp_path)
     for words, cause in BAD_ARGUMENTS.items():
         done = call(compare, folder, folder, "--config", "tiny", *words.split())
@@ -691,7 +702,7 @@ def test_bad_arguments_and_failing_scripts_are_one_line(tmp_path, monkeypatch, c
     def run(command, **_):
         commands.append(" ".join(command))
         if "flops" in command:
-            return subprocess.CompletedProcess(command, 0, "flops: 1.0\n", "")
+            return subprocess.CompletedProcess(command, 0, 'track: "tiny"\nflops: 1.0\n', "")
         error = "Traceback\ntrain_speedrun.py: the disk is full\nW1121 torchrun: noise\n"
         return subprocess.CompletedProcess(command, 2, "", error)
 
@@ -700,3 +711,17 @@ def test_bad_arguments_and_failing_scripts_are_one_line(tmp_path, monkeypatch, c
     refuses(call(compare, folder, folder, *options), "failed: train_speedrun.py: the disk is full")
     assert "distributed" not in commands[0] and "{'width': 16} 100" in commands[0]
     assert "-m torch.distributed.run --standalone --nproc_per_node=2" in commands[2]
+
+
+def test_a_script_that_cannot_be_timed_is_one_line(tmp_path, monkeypatch, call):
+    """Its process says what it can, and the comparison what became of that process."""
+    folder = racer(tmp_path, extra="os._exit(0)")
+    done = call(compare, folder, folder, "--config", "tiny")
+    refuses(done, f"{folder} failed: it ended without a word of its flops")
+    child = ["--child", "flops", folder / "train_speedrun.py", "tiny"]
+    for extra, cause in BAD_SCRIPTS.items():
+        racer(tmp_path, extra=extra)
+        refuses(call(compare, *child, {}, 100, ""), "compare.py: ", cause)
+    racer(tmp_path)
+    refuses(call(compare, *child, {"nothing": 1}, 100, ""), "compare.py: ", "nothing")
+    refuses(call(compare, *child[:3], "none", {}, 100, ""), "compare.py: ", "none: KeyError")
