@@ -127,6 +127,8 @@ def all_there(folder: Path, request: dict) -> bool:
     try:
         manifest = json.loads(path.read_text())
         for name, entry in manifest["files"].items():
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"{name!r} is no plain name of a shard")  # it could be deleted
             file = folder / name
             if not file.is_file() or entry_of(file, entry["count"]) != entry:
                 damaged.append(name)
@@ -167,6 +169,19 @@ def local_file(name: str) -> Path | None:
     path = Path(folder, Path(name).name)
     return path if path.is_file() else None
 
+
+# The reader of the hub's format, as wheels for Linux: x86_64, then aarch64, by Python's version.
+PYARROW = "pyarrow==26.0.1"
+PYARROW_SHA256 = (
+    "39cb0f2418282c24bea6ceda77b03e5a8f0a5766b63a8bf194d4e2a2c423548c",  # 3.11
+    "c718bf97a92a6dea97fd1062c3b9f9e2e83cb9cc926e752289fa4ffff41738f9",  # 3.12
+    "f71221bbc7707e3fad920d0478db9350791d4714ec445299ee0d56559fbc156c",  # 3.13
+    "7ae48ab53610b85e004b03bccff593fbdf22186d0ab48ed42c90797915dac814",  # 3.14
+    "22a96a225de107eb9acd1ad9a818198ca832df2a4c0952412f754a7ed2105a98",
+    "6c18167774fb599d42444b7ac558a893d49e750fb14232b538955e6f0d1d51ea",
+    "a3a79661404ba3d41b7c9a45cb56113246a244b38cb1393fadae289bc66b91b4",
+    "0044cb9303c3ae082cc52a2493312109c955bcfa84e87be768736f7d6d8f6257",
+)
 
 # ---------------------------------------------------------------------------------------------
 # CIFAR-10: two sources of the same pixels
@@ -265,10 +280,13 @@ def import_pyarrow():
     except ImportError:
         folder = tempfile.mkdtemp()
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        wanted = Path(folder, "requirements.txt")
+        hashes = [f"--hash=sha256:{value}" for value in PYARROW_SHA256]
+        wanted.write_text(" ".join([PYARROW, *hashes]) + "\n")
         install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder]
-        done = subprocess.run([*install, "pyarrow"], capture_output=True)
-        if done.returncode:
-            raise UserError("the hub's parquet needs pyarrow: pip install pyarrow")
+        install += ["--only-binary", ":all:", "--require-hashes", "-r", str(wanted)]
+        if subprocess.run(install, capture_output=True).returncode:  # only what is known runs here
+            raise UserError(f"the hub's parquet needs pyarrow: pip install {PYARROW}")
         sys.path.append(folder)
         import pyarrow.parquet
     return pyarrow.parquet
@@ -508,6 +526,10 @@ def captions_of(path: Path, names: list[str]) -> list[str]:
         for line in path.read_text().splitlines():
             entry = json.loads(line)
             found[entry["file"]] = entry["caption"]
+            if not (isinstance(entry["caption"], str) and entry["caption"].strip()):
+                raise ValueError(f"the caption of {entry['file']} is no text")
+        if not found:
+            raise ValueError("it is empty")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not a file of captions ({type(error).__name__}: {error}); give JSON lines "

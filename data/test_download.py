@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tarfile
 import threading
 import zipfile
@@ -165,6 +166,33 @@ def test_cifar10_is_mended_where_it_is_damaged_and_nowhere_else(npm, capsys):
         assert bring("cifar10") == npm
         assert name in capsys.readouterr().out
     assert (NPM / first).stat().st_mtime_ns == untouched
+
+
+def test_a_manifest_names_no_file_outside_its_folder(npm, capsys):
+    """Damaged files are deleted, and a manifest may be anybody's."""
+    victim = Path("victim.txt").resolve()
+    victim.write_text("precious")
+    for name in ("../../victim.txt", str(victim), "..", ""):
+        files = {name: {"sha256": "", "bytes": 0, "count": 0}}
+        (NPM / "manifest.json").write_text(json.dumps({"track": "cifar10", "files": files}))
+        assert bring("cifar10") == npm and victim.read_text() == "precious"
+        assert f"{name!r} is no plain name of a shard" in capsys.readouterr().out
+
+
+def test_pyarrow_is_a_known_wheel_or_none(monkeypatch):
+    commands = []
+
+    def run(command, **_):
+        commands.append([*command, Path(command[-1]).read_text()])
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setattr(download.subprocess, "run", run)
+    with pytest.raises(UserError, match="pip install pyarrow==26"):
+        download.import_pyarrow()
+    options, requirement = commands[0][:-1], commands[0][-1]
+    assert {"--only-binary", ":all:", "--require-hashes", "--no-deps"} <= {*options}
+    assert re.fullmatch(r"pyarrow==26\.0\.1( --hash=sha256:[0-9a-f]{64}){8}\n", requirement)
 
 
 def test_no_source_works_or_the_disk_is_full(npm, monkeypatch, refused):
@@ -355,8 +383,14 @@ def test_each_image_has_its_own_caption(place, refused):
     assert read_captions("imagenet256").labels == list(range(50))
     Path("captions").write_text("\n".join(lines[:40]))
     refused("imagenet256 --captions captions", "no caption for 10 images", "00000040")
-    Path("captions").write_text("a picture")
-    refused("imagenet256 --captions captions", "is not a file of captions")
+    for text, cause in (
+        ("a picture", "JSONDecodeError"),
+        ("", "it is empty"),
+        ('{"file": "a", "caption": 5}', "the caption of a is no text"),
+        ('{"file": "a", "caption": " "}', "the caption of a is no text"),
+    ):
+        Path("captions").write_text(text)
+        refused("imagenet256 --captions captions", "is not a file of captions", cause)
 
 
 def test_what_cannot_be_brought_is_one_line(place, refused):

@@ -6,6 +6,7 @@
       --noise                                            on noise, even where data/<track> is
       --diff                                             the scripts' difference, whole
 
+**This runs both scripts**: a stranger's belongs in a container, see records/README.md.
 A and B are scripts or record folders, each with changes of its own config after a colon:
 train_speedrun.py:compile=False,bf16=False. Both train on the same shards: data/<track> where it is
 there, else noise of its shape. A run is a process of its own; its time is what its own clock says
@@ -20,7 +21,6 @@ come to (MFU), and the time that they take at the speed of its bf16 matrix produ
 
 import argparse
 import ast
-import bisect
 import difflib
 import json
 import os
@@ -29,7 +29,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +39,8 @@ from torch.utils.flop_counter import flop_registry
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data.common import UserError, import_snapshot, now, sha256_of  # noqa: E402
+from data.common import UserError, import_snapshot, machine, now, sha256_of  # noqa: E402
+from records.trace import average_parts  # noqa: E402
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bf16 FLOP/s, dense, as stated
 VALIDATION_IMAGES = 64  # a timed run validates once, after its clock has stopped
@@ -57,23 +57,67 @@ def first_counted(steps: int) -> int:
     return 10 if steps > 10 else 2
 
 
-def load_script(path: str, config: str, changes: dict, steps: int):
-    """The script as a module, whose config and track are cut to a timed run."""
-    module = import_snapshot(Path(path))
-    base = module.CONFIGS[config]
-    track = module.TRACKS[base.track]
+def write_noise(track, folder: Path, count: int = 2048):
+    """A track's data as noise: shards of its shapes, with DINOv2's features, and a caption table."""
+    torch.manual_seed(0)
+    folder.mkdir()
+    files = {}
+    for split, rows in (("train", count), ("val", VALIDATION_IMAGES)):
+        path = folder / f"{split}_000.safetensors"
+        stored = torch.randn(rows, *track.shape) / track.scale + track.shift
+        if track.dtype == "uint8":
+            stored = stored.clamp(0, 255)
+        shard = {"latents": stored.to(getattr(torch, track.dtype))}
+        shard["labels"] = torch.arange(rows, dtype=torch.int16) % 10
+        shard["features"] = torch.randint(-127, 128, (rows, 257, 64), dtype=torch.int8)
+        save_file(shard, path, {"track": track.name})
+        size = path.stat().st_size
+        files[path.name] = {"count": rows, "bytes": size, "sha256": sha256_of(path)}
+    table = {"pooled": torch.randn(10, track.text_width).half()}
+    metadata = {"labels": str(list(range(10))), "captions": json.dumps(["noise"] * 10)}
+    save_file(table, folder / "text.safetensors", metadata)
+    manifest = {"files": files, "request": {"shards": "noise"}}  # a part of a track: a trial
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def place_data(track, data: str):
+    """The track's data in the current folder, once: its own in the folder `data` by a link, or noise.
+
+    data: "" for noise, which is also made where that folder has no such track.
+    """
+    home = Path("data", track.name)
+    real = Path(data, track.name)
+    if home.exists():
+        return
+    home.parent.mkdir(exist_ok=True)
+    if data and (real / "manifest.json").exists():
+        home.symlink_to(real, target_is_directory=True)
+    else:
+        write_noise(track, home)
+
+
+def load_script(path: str, config: str, changes: dict, steps: int, data: str):
+    """The script as a module, whose config and track are cut to a timed run. Raises UserError."""
+    try:
+        module = import_snapshot(Path(path))
+        base = module.CONFIGS[config]
+        cut = replace(base, **changes, steps=steps, evals=1, save_every=10**9)
+        track = module.TRACKS[base.track]
+    except (Exception, SystemExit) as error:  # a script may fail in any way
+        raise UserError(f"{path}, {config}: {type(error).__name__}: {error}")
+    place_data(track, data)
     files = json.loads(Path("data", track.name, "manifest.json").read_text())["files"]
     images = sum(files[name]["count"] for name in files if name.startswith("train_"))
     validated = min(track.val_images, VALIDATION_IMAGES)
     module.TRACKS[track.name] = replace(track, train_images=images, val_images=validated)
-    module.CONFIGS[config] = replace(base, **changes, steps=steps, evals=1, save_every=10**9)
+    module.CONFIGS[config] = cut
     sys.argv = [path, config]
     return module
 
 
-def train(path: str, config: str, changes: dict, steps: int) -> int:
+def train(path: str, config: str, changes: dict, steps: int, data: str) -> int:
     """Trains; the log goes to standard output."""
-    return load_script(path, config, changes, steps).main()
+    return load_script(path, config, changes, steps, data).main()
 
 
 class ModelFlops(TorchDispatchMode):
@@ -102,83 +146,20 @@ class ModelFlops(TorchDispatchMode):
         return result
 
 
-def count_flops(path: str, config: str, changes: dict, steps: int) -> int:
-    """Prints FLOPs of forward and backward of an image, 0 where the script annotates none."""
+def count_flops(path: str, config: str, changes: dict, steps: int, data: str) -> int:
+    """Prints the track, and FLOPs of forward and backward of an image, 0 where none are annotated."""
     torch.compiler.set_stance("force_eager")  # so that each operation passes the dispatch mode
-    module = load_script(path, config, changes | {"batch_size": FLOPS_BATCH}, FLOPS_STEPS)
+    module = load_script(path, config, changes | {"batch_size": FLOPS_BATCH}, FLOPS_STEPS, data)
     with ModelFlops() as counter:
         status = module.main()
+    print("track:", json.dumps(module.CONFIGS[config].track))
     print("flops:", counter.total / (FLOPS_BATCH * FLOPS_STEPS))
     return status
 
 
-Span = namedtuple("Span", "name start end")  # of the profiler's trace, in microseconds
-
-
-def annotated_spans(events: list) -> tuple[list, list]:
-    """The spans called "step" and those directly inside one of them, in the order of time."""
-    annotations = [event for event in events if event.get("cat") == "user_annotation"]
-    annotations.sort(key=lambda event: (event["ts"], -event["dur"]))
-    steps, parts = [], []
-    inside_until = 0.0  # an annotation inside a part is a piece of it, no part itself
-    thread = None  # of the steps: a loader's thread may have annotations of its own
-    for event in annotations:
-        span = Span(event["name"], event["ts"], event["ts"] + event["dur"])
-        if span.name == "step":
-            steps.append(span)
-            thread = event["tid"]
-        elif event["tid"] == thread and inside_until <= span.start < steps[-1].end:
-            parts.append(span)
-            inside_until = span.end
-    return steps, parts
-
-
-def device_spans(events: list, parts: list) -> list:
-    """What a GPU did for these parts, each span with the name of its part; [] without a GPU.
-
-    A kernel or copy belongs to the part that was open when it was launched, by whatever thread.
-    """
-    launched = {}
-    for event in events:
-        if event.get("cat") in ("cuda_runtime", "cuda_driver"):
-            launched[event["args"].get("correlation")] = event["ts"]
-    starts = [part.start for part in parts]
-    spans = []
-    for event in events:
-        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
-            moment = launched.get(event["args"].get("correlation"), 0.0)
-            part = parts[bisect.bisect(starts, moment) - 1]
-            if part.start <= moment < part.end:
-                spans.append(Span(part.name, event["ts"], event["ts"] + event["dur"]))
-    return spans
-
-
-def average_parts(events: list, first: int) -> dict:
-    """Milliseconds of each part of a step, of "rest" and of "step", the mean of all but `first`.
-
-    events: of a trace that torch.profiler exported. {} where no step has parts. On a GPU a part's
-    time is that of the kernels and copies launched in it, and the rest is what the GPU did beside
-    them and waited. Kernels of several streams can overlap; then the rest is less by as much.
-    """
-    steps, parts = annotated_spans(events)
-    steps = steps[first:]
-    parts = [part for part in parts if steps and part.start >= steps[0].start]
-    if not parts:
-        return {}
-    on_device = device_spans(events, parts)
-    total = {part.name: 0.0 for part in parts}
-    for span in on_device or parts:
-        total[span.name] += span.end - span.start
-    spans = on_device or steps
-    whole = max(span.end for span in spans) - min(span.start for span in spans)
-    total["rest"] = whole - sum(total.values())
-    total["step"] = whole
-    return {name: spent / 1000 / len(steps) for name, spent in total.items()}
-
-
-def profile_parts(path: str, config: str, changes: dict, steps: int) -> int:
+def profile_parts(path: str, config: str, changes: dict, steps: int, data: str) -> int:
     """Trains under torch.profiler and prints the parts of a step as JSON, from one process."""
-    module = load_script(path, config, changes, steps)
+    module = load_script(path, config, changes, steps, data)
     with torch.profiler.profile() as profiler:
         status = module.main()
     if int(os.environ.get("RANK", 0)) == 0:
@@ -196,39 +177,6 @@ CHILDREN = {"train": train, "flops": count_flops, "parts": profile_parts}
 # ---------------------------------------------------------------------------------------------
 
 
-def write_noise(track, folder: Path, count: int = 2048):
-    """A track's data as noise: shards of its shapes, with DINOv2's features, and a caption table."""
-    torch.manual_seed(0)
-    folder.mkdir()
-    files = {}
-    for split, rows in (("train", count), ("val", VALIDATION_IMAGES)):
-        path = folder / f"{split}_000.safetensors"
-        stored = torch.randn(rows, *track.shape) / track.scale + track.shift
-        if track.dtype == "uint8":
-            stored = stored.clamp(0, 255)
-        shard = {"latents": stored.to(getattr(torch, track.dtype))}
-        shard["labels"] = torch.arange(rows, dtype=torch.int16) % 10
-        shard["features"] = torch.randint(-127, 128, (rows, 257, 64), dtype=torch.int8)
-        save_file(shard, path, {"track": track.name})
-        files[path.name] = {"count": rows, "sha256": sha256_of(path)}
-    table = {"pooled": torch.randn(10, track.text_width).half()}
-    metadata = {"labels": str(list(range(10))), "captions": json.dumps(["noise"] * 10)}
-    save_file(table, folder / "text.safetensors", metadata)
-    manifest = {"files": files, "request": {"shards": "noise"}}  # a part: no record's data
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
-def place_data(track, folder: Path, noise: bool):
-    """The track's data in a run's folder: its own shards by a link, or noise."""
-    home = folder / "data" / track.name
-    real = ROOT / "data" / track.name
-    home.parent.mkdir()
-    if noise or not (real / "manifest.json").exists():
-        write_noise(track, home)
-    else:
-        home.symlink_to(real, target_is_directory=True)
-
-
 def parse_changes(pairs: list) -> dict:
     """["batch_size=8", "bf16=False"] -> {"batch_size": 8, "bf16": False}. Raises UserError."""
     changes = {}
@@ -236,6 +184,8 @@ def parse_changes(pairs: list) -> dict:
         name, _, value = pair.partition("=")
         try:
             changes[name] = ast.literal_eval(value)
+            if name == "batch_size" and not (isinstance(changes[name], int) and changes[name] > 0):
+                raise ValueError("no number of images")
         except (ValueError, SyntaxError):
             raise UserError(f"{pair!r} is no change of a config: write name=value, text in quotes")
     return changes
@@ -254,11 +204,8 @@ class Side:
         self.changes = parse_changes(options.set + (changes.split(",") if changes else []))
         try:
             self.source = self.path.read_text()
-            module = import_snapshot(self.path)
-            config = replace(module.CONFIGS[options.config], **self.changes)
-            self.track = module.TRACKS[config.track]
-        except Exception as error:  # a script may fail in any way
-            raise UserError(f"{argument}, {options.config}: {type(error).__name__}: {error}")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{argument}: {type(error).__name__}: {error}")
         self.seconds = []  # per step, of each round; images per step and peak MiB with them
         self.flops = 0.0  # of an image; 0 where the script annotates no parts
         self.parts = {}  # milliseconds; empty where the script annotates no steps
@@ -268,13 +215,22 @@ class Side:
         launcher = f"-m torch.distributed.run --standalone --nproc_per_node={processes}"
         command = [sys.executable, *(launcher.split() if processes > 1 else [])]
         command += [__file__, "--child", task, str(self.path.resolve()), self.options.config]
-        command += [repr(self.changes), str(self.options.steps)]
+        data = "" if self.options.noise else str(ROOT / "data")
+        command += [repr(self.changes), str(self.options.steps), data]
         done = subprocess.run(command, cwd=folder, text=True, capture_output=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or ["no message"]
             own_lines = [line for line in lines if re.match(r"\w+\.py: ", line)]
             raise UserError(f"{self.name} failed: {(own_lines or lines)[-1]}")
         return done.stdout
+
+    def value(self, key: str, output: str):
+        """The JSON that a run printed after `key: `. Raises UserError where it ended before that."""
+        found = re.findall(rf"^{key}: (.*)", output, re.M)
+        try:
+            return json.loads(found[-1])  # the log's last block may have such a key, too
+        except (IndexError, ValueError):
+            raise UserError(f"{self.name} failed: it ended without a word of its {key}")
 
     def measure_round(self, folder: Path):
         """One run: adds its seconds per step. Raises UserError."""
@@ -288,6 +244,8 @@ class Side:
             raise UserError(f"{self.name}: its log lacks step {first}, {last} or its last block")
         self.images = (int(lines[last][2]) - int(lines[first][2])) // (last - first)
         milliseconds = int(lines[last][3]) - int(lines[first][3])
+        if self.images < 1 or milliseconds < 1:
+            raise UserError(f"{self.name}: its log counts no images, or no time, for a step")
         self.seconds.append(milliseconds / 1000 / (last - first))
         self.memory = int(memory[1])
 
@@ -297,10 +255,12 @@ def compare(options: argparse.Namespace) -> list:
     sides = [Side(options.a, options), Side(options.b, options)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        place_data(sides[0].track, folder, options.noise)
         for side in sides:
             output = side.output("flops", folder)
-            side.flops = float(re.search(r"^flops: (\S+)", output, re.M)[1])
+            side.flops = side.value("flops", output)
+            side.track = side.value("track", output)
+        if sides[0].track != sides[1].track:
+            raise UserError(f"{sides[0].track} and {sides[1].track}: the tracks differ")
         for turn in range(options.rounds):
             for side in sides:
                 side.measure_round(folder)
@@ -308,7 +268,7 @@ def compare(options: argparse.Namespace) -> list:
                 print(f"round {turn + 1}: {side.name}: {milliseconds:.2f} ms/step", flush=True)
         for side in sides:
             output = side.output("parts", folder, options.processes)
-            side.parts = json.loads(re.search(r"^parts: (.*)", output, re.M)[1])
+            side.parts = side.value("parts", output)
     return sides
 
 
@@ -358,7 +318,7 @@ def parts_table(sides: list) -> list:
 def report(sides: list, options: argparse.Namespace) -> str:
     """The tables, the ratio with its spread, what differs."""
     a, b = sides
-    name = f"CPU, {torch.get_num_threads()} threads"
+    name = f"{machine(torch.device('cpu'))}, {torch.get_num_threads()} threads"
     rate = matmul_rate(torch.bfloat16)
     peak = rate
     if torch.cuda.is_available():
@@ -392,10 +352,8 @@ def report(sides: list, options: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list) -> int:
-    if arguments[:1] == ["--child"]:
-        _, task, path, config, changes, steps = arguments
-        return CHILDREN[task](path, config, ast.literal_eval(changes), int(steps))
+def parse_options(arguments: list) -> argparse.Namespace:
+    """The command line. Raises UserError."""
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("a")
     parser.add_argument("b")
@@ -407,9 +365,19 @@ def main(arguments: list) -> int:
     parser.add_argument("--noise", action="store_true")
     parser.add_argument("--diff", action="store_true")
     options = parser.parse_args(arguments)
+    if not (3 <= options.steps <= 10 or options.steps % 50 == 0 < options.steps):
+        raise UserError("--steps must be 3 .. 10 or a multiple of 50: those are logged")
+    if min(options.rounds, options.processes) < 1:
+        raise UserError("--rounds and --processes must be 1 or more")
+    return options
+
+
+def main(arguments: list) -> int:
     try:
-        if not (3 <= options.steps <= 10 or options.steps % 50 == 0 < options.steps):
-            raise UserError("--steps must be 3 .. 10 or a multiple of 50: those are logged")
+        if arguments[:1] == ["--child"]:
+            task, path, config, changes, steps, data = arguments[1:]
+            return CHILDREN[task](path, config, ast.literal_eval(changes), int(steps), data)
+        options = parse_options(arguments)
         print(report(compare(options), options))
     except (UserError, OSError) as error:
         print(f"compare.py: {error}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """A series of runs as it lies in a record's folder, and the statistics of its numbers.
 
-What the folder holds is said in records/stats.py, which checks it.
+What the folder holds is said in records/stats.py; records/checks.py checks it. A folder is a
+stranger's: whatever lies there in place of a file is one line, and no file is read without a limit.
 """
 
 import json
@@ -10,6 +11,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,13 +23,30 @@ TEXTS = ["run_id", "config", "track", "code_sha256", "data_sha256"]
 COUNTS = ["seed", "resumed", "world_size", "steps", "images", "parameters", "sampling_nfe"]
 COUNTS += ["graphs_compiled_on_the_clock"]
 NUMBERS = ["val_loss", "train_time_s"]
-VALIDATION = r"^step:\S+ images:([1-9]\d*) val_loss:(\S+) train_time:(\d+)ms"
+FIRST_LINE = r"(?:.*/)?(.+): seed (\d+), "  # after the source: the run's folder, its seed
+STEP_LINE = r"^step:(\d+)/(\d+) images:(\d+) (\w+):(\S+) train_time:(\d+)ms"
+READ_BYTES = 10 * 2**20  # of any file: a log has 61 KB, a picture 300 KB
 
 Z = 2.326  # one-sided 1 %, of a target
 
 # ---------------------------------------------------------------------------------------------
 # Logs and folders
 # ---------------------------------------------------------------------------------------------
+
+
+class Line(NamedTuple):
+    """A step's line in a log."""
+
+    step: int
+    steps: int  # of the whole run
+    images: int
+    name: str  # "train_loss" or "val_loss"
+    loss: float
+    milliseconds: int  # on the clock
+
+    @property
+    def validates(self) -> bool:
+        return self.name == "val_loss" and self.images > 0
 
 
 @dataclass
@@ -52,18 +71,34 @@ class Record:
 
 
 def read(path) -> bytes:
+    """A plain file's content. Raises UserError, as for a fifo, a folder, or more than READ_BYTES."""
     try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        reason = error.strerror
+        if Path(path).exists() and not Path(path).is_file():
+            raise UserError(f"{path} is no plain file: give a record's whole folder, or a log")
+        with open(path, "rb") as file:
+            content = file.read(READ_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
         raise UserError(f"{path} is missing ({reason}): give a record's whole folder, or a log")
+    if len(content) > READ_BYTES:
+        raise UserError(f"{path} has more than {READ_BYTES:,} bytes: give what the tools wrote")
+    return content
+
+
+def parse_lines(run: str) -> list[Line]:
+    """The step lines of a log. Raises ValueError where a number is none."""
+    lines = []
+    for step, steps, images, name, loss, milliseconds in re.findall(STEP_LINE, run, re.M):
+        line = Line(int(step), int(steps), int(images), name, float(loss), int(milliseconds))
+        lines.append(line)
+    return lines
 
 
 def parse_log(path) -> dict:
     """What train_speedrun.py wrote of a whole run. Raises UserError if it is not whole.
 
     The facts of its last block and: path, source, bytes, machine, hardware, trial, hyperparameters,
-    points [(images, train seconds, val_loss)].
+    lines, points [(images, train seconds, val_loss)], stated (run id, seed) by the first line.
     """
     content = read(path)
     try:
@@ -74,15 +109,18 @@ def parse_log(path) -> dict:
         log = {key: facts[key] for key in TEXTS}
         log |= {key: int(facts[key]) for key in COUNTS}
         log |= {key: float(facts[key]) for key in NUMBERS}
-        points = []
-        for images, loss, milliseconds in re.findall(VALIDATION, run, re.M):
-            points.append((int(images), int(milliseconds) / 1000, float(loss)))
+        lines = parse_lines(run)
+        validations = [line for line in lines if line.validates]
+        points = [(line.images, line.milliseconds / 1000, line.loss) for line in validations]
         if (points[-1][0], points[-1][2]) != (log["images"], log["val_loss"]):
             raise ValueError(f"its last validation is {points[-1]}")
         log |= {"path": Path(path), "source": source, "bytes": len(content), "points": points}
-        log |= {"machine": machine, "hardware": machine.partition(", python ")[0]}
-        log |= {"trial": "no record" in header, "hyperparameters": json.dumps(json.loads(config))}
-    except (ValueError, LookupError) as error:
+        log |= {"machine": machine, "hardware": machine.partition(", python ")[0], "lines": lines}
+        hyperparameters = json.dumps(dict(json.loads(config)))
+        log |= {"trial": "no record" in header, "hyperparameters": hyperparameters}
+        stated = re.match(FIRST_LINE, header)
+        log["stated"] = (stated[1], int(stated[2])) if stated else None
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} is not a finished run's whole log ({error}): resume it or train again"
         )
@@ -91,6 +129,28 @@ def parse_log(path) -> dict:
 
 def parse_logs(paths) -> list:
     return sorted([parse_log(path) for path in paths], key=lambda log: log["seed"])
+
+
+def read_results(path: Path) -> dict:
+    """What the referee wrote, its numbers as such. Raises UserError.
+
+    What a file lacks, as older referees wrote less, has a value here that fails the checks.
+    """
+    missing = {"val_loss": math.nan, "nfe": math.nan, "gflops": None}
+    missing |= {"rules": {}, "metrics": {}, "protocol": {}}
+    try:
+        results = missing | json.loads(read(path))
+        for part in ("rules", "metrics", "protocol"):
+            results[part] = dict(results[part])
+        for name in {"val_loss", "nfe", "val_loss_fresh"} & results.keys():
+            results[name] = float(results[name])
+        numbers = [results["gflops"], *results["metrics"].values()]
+        if not all(isinstance(number, (int, float, type(None))) for number in numbers):
+            raise ValueError("a value is no number")
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        advice = "run python eval_speedrun.py logs/<run_id>"
+        raise UserError(f"{path}: damaged results ({error}): {advice}")
+    return results
 
 
 def load_series(path) -> Record:
@@ -102,14 +162,8 @@ def load_series(path) -> Record:
     record = Record(folder, "a record" if files else "an example, no record", [])
     record.logs = parse_logs(files or [folder / "log.txt"])
     record.paired = parse_logs(folder.glob("paired/log_seed*.txt"))
-    # What a file lacks has a value here that fails the checks.
-    missing = {"val_loss": math.nan, "nfe": math.nan, "gflops": None, "rules": {}, "metrics": {}}
     for file in sorted({folder / "results.json", *folder.glob("results*.json")}):
-        try:
-            record.results[file.name] = missing | json.loads(read(file))
-        except (ValueError, TypeError) as error:
-            advice = "run python eval_speedrun.py logs/<run_id>"
-            raise UserError(f"{folder}: damaged results ({error}): {advice}")
+        record.results[file.name] = read_results(file)
     record.source = read(folder / "train_speedrun.py")
     record.readme = read(folder / "README.md").decode(errors="replace")
     return record

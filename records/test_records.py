@@ -3,9 +3,11 @@
 import argparse
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_speedrun as ts
 from data.common import key_of, read_contract, sha256
 from data.testing import CONFIG, ENV, ROOT, TRACK, python, racer, refuses
-from records import compare, series, stats
+from records import checks, compare, series, snapshots, stats, trace
 
 LOSSES = (0.1890, 0.1894, 0.1887, 0.1891)
-PAIRED = (0.1890, 0.1882, 0.1890, 0.1886)  # of the same idea, in as many steps as
+PAIRED = (0.1891, 0.1882, 0.1889, 0.1886)  # of the same idea, in as many steps as
 BEFORE = (0.1953, 0.1950, 0.1952, 0.1949)  # its predecessor
 BETTER = "records/tiny/2026-12-01_Better"
 FIRST = "records/tiny/2026-11-01_First"
@@ -69,9 +71,11 @@ def write_run(folder: Path, run: Path, seed: int, loss: float, steps: int):
     facts = dict(line.split(": ", 1) for line in block.splitlines())
     facts |= dict(run_id=folder.name, seed=seed, steps=steps, images=16 * steps, train_time_s=100)
     facts |= dict(val_loss=f"{loss:.5f}", code_sha256=sha256(source.encode()))
-    lines = [source + "=" * 100, "logs/x: 96 training images", MACHINE, json.dumps(config)]
+    first_line = f"logs/{folder.name}: seed {seed}, 0.03M parameters, 96 training images"
+    lines = [source + "=" * 100, first_line, MACHINE, json.dumps(config)]
     for share, value in ((0.5, loss + 0.02), (1, loss)):
-        counts = f"step:{share * steps:.0f}/{steps} images:{share * 16 * steps:.0f}"
+        step = int(share * steps)
+        counts = f"step:{step}/{steps} images:{16 * step}"
         lines.append(f"{counts} val_loss:{value:.5f} train_time:{100_000 * share:.0f}ms")
     lines += ["=" * 100, *(f"{key}: {value}" for key, value in facts.items())]
     folder.mkdir(parents=True)
@@ -82,10 +86,11 @@ def write_run(folder: Path, run: Path, seed: int, loss: float, steps: int):
 def write_results(run: Path, real: Path):
     """What the referee wrote of the real run, as if of this one, and its pictures."""
     results = json.loads((real / "results.json").read_text())
-    log = stats.parse_log(run / "log.txt")
+    log = series.parse_log(run / "log.txt")
     results |= {key: log[key] for key in ("run_id", "seed", "images", "code_sha256")}
     results |= dict(val_loss=log["val_loss"] * 1.0001, gflops=1.5)
     results["rules"]["contract"] = "as published"
+    results["what a later referee writes"] = {"any": ["thing"]}
     (run / "results.json").write_text(json.dumps(results))
     for name in ("samples.png", "curve.png"):
         shutil.copy(real / name, run / name)
@@ -95,9 +100,9 @@ def write_results(run: Path, real: Path):
 def base(tmp_path_factory, trained) -> Path:
     """A project without git: a record and the predecessor that it names, made by --new of runs."""
     root = tmp_path_factory.mktemp("project")
-    series = ((FIRST, BEFORE, 25), (BETTER, LOSSES, 20), (f"{BETTER}/paired", PAIRED, 25))
-    for folder, losses, steps in series:
-        runs = [root / "logs" / f"{folder[-6:]}{seed}" for seed in range(4)]
+    parts = ((FIRST, BEFORE, 25), (BETTER, LOSSES, 20), (f"{BETTER}/paired", PAIRED, 25))
+    for folder, losses, steps in parts:
+        runs = [root / "logs" / f"{folder[-6:]}_tiny_seed{seed}" for seed in range(4)]
         for seed, run in enumerate(runs):
             write_run(run, trained, seed, losses[seed], steps)
         if losses != PAIRED:  # logs alone
@@ -106,7 +111,7 @@ def base(tmp_path_factory, trained) -> Path:
     (root / FIRST / "README.md").write_text("# First: a | b\n")
     text = "# Better: a | b\n\nPredecessor: 2026-11-01_First\n\n## Paired runs\n"
     (root / BETTER / "README.md").write_text(text)
-    for name in stats.REFEREE:
+    for name in checks.REFEREE:
         (root / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, root / name)
     return root
@@ -115,12 +120,13 @@ def base(tmp_path_factory, trained) -> Path:
 @pytest.fixture
 def project(base, tmp_path, monkeypatch) -> Path:
     """A copy of it, with a target for tiny, and for imagenet256 as it is."""
-    targets = dict(tiny=stats.Target("val_loss", 0.195, 0.0002, "images", 2.0))
-    targets["imagenet256"] = stats.TARGET["imagenet256"]
+    targets = dict(tiny=checks.Target("val_loss", 0.195, 0.0002, "images", 2.0))
+    targets["imagenet256"] = checks.TARGET["imagenet256"]
     source = (base / BETTER / "train_speedrun.py").read_text()
     contracts = {track: read_contract(source, track).sha256 for track in targets}
+    monkeypatch.setattr(checks, "TARGET", targets)
     monkeypatch.setattr(stats, "TARGET", targets)
-    monkeypatch.setattr(stats, "CONTRACTS", contracts)
+    monkeypatch.setattr(snapshots, "CONTRACTS", contracts)
     monkeypatch.setattr(stats, "ROOT", tmp_path / "project")
     return shutil.copytree(base, tmp_path / "project")
 
@@ -174,12 +180,22 @@ EDITS = r"""
 log_seed3.txt | source: | ^code_sha256: .* > code_sha256: x
 log_seed?.txt | final step: | ^resumed: 0 > resumed: 1; ^(graphs.*: )0 > \g<1>1
 log_seed?.txt | final step: | (96 training images)$ > \1 (a part: a trial, no record)
-log_seed3.txt | final step: | ^steps: 20 > steps: 21; ^resumed: 0 > resumed: 1
-log_seed3.txt | the same config: | "width": 32 > "width": 33
-log_seed3.txt | the same config: & paired source: the r | ^config: tiny > config: b
+log_seed3.txt | final step: | ^resumed: 0 > resumed: 1
+log_seed3.txt | final step: & step lines: log_seed3.txt contradicts | ^steps: 20 > steps: 21
+log_seed3.txt | the same config: & hyperparameters: width 33, in the | "width": 32 > "width": 33
+log_seed?.txt | hyperparameters: ema_decay 0.9, in the snapshot | "ema_decay": 0.999 > "ema_decay": 0.9
+log_seed3.txt | the same & names: & hyperparameters: & paired source: the r | ^config: tiny > config: b
 log_seed3.txt | world_size | ^world_size: 1 > world_size: 2; ^(param.*) > \g<1>1; H200 > H100
 log_seed3.txt | world_size | ^data_sha256: > data_sha256: d
-log_seed3.txt | seeds | ^seed: 3 > seed: 2; ^seed: 3 > seed: 4; ^(run_id.*)3$ > \g<1>2; gone >
+log_seed3.txt | seeds | gone >
+log_seed3.txt | seeds & names: log | ^seed: 3 > seed: 2; ^seed: 3 > seed: 4; ^(run_id.*)3$ > \g<1>2
+log_seed3.txt | names: log_seed3.txt is of Better_tiny_seed3 | : seed 3, > : seed 2,; ^logs/.*: > logs/x:
+log_seed3.txt | names: log_seed3.txt is of Better_tiny_seed4 | Better_tiny_seed3 > Better_tiny_seed4
+log_seed?.txt | runs: log_seed0.txt and log_seed1.txt, log | (val_loss: ?)0\.\d* > \g<1>0.18905
+log_seed?.txt | step lines: log_seed0.txt contradicts itself in train | ^train_time_s: 100 > train_time_s: 90
+log_seed?.txt | step lines: log_seed0.txt contradicts itself in clock | time:50000ms > time:500000ms
+log_seed3.txt | step lines: log_seed3.txt contradicts itself in images | images:160 > images:16; :160 > :170
+log_seed3.txt | step lines: log_seed3.txt contradicts itself in images, order | ^step:10/ > step:21/
 log_seed3.txt | results.json: 101 network | ^sampling_nfe: .* > sampling_nfe: 101
 log_seed3.txt | folder: | ^track: tiny > track: imagenet256
 log_seed3.txt | target: | \b0.18910\b > 0.22
@@ -187,7 +203,8 @@ log_seed3.txt | 2 log_seed3.txt is not a finished run's whole log | ^={100}$ > =
 log_seed3.txt | 2 whole log (its last | ^(val_loss: 0.1).* > \g<1>; ^val_loss.* > val_loss: nan
 log_seed?.txt | 2 log.txt is missing | gone >
 log_seed?.txt | 2 of the track 'mnist' | ^track: tiny > track: mnist
-samples.png | folder: | gone >
+samples.png | samples.png: | gone >
+train_speedrun.py | snapshot: & contract: its title & results.json: code | ^import re > # Contract: x\nimport re
 train_speedrun.py | snapshot: & results.json: code_sha256 | ^import torch$ > import  torch
 train_speedrun.py | snapshot: & contract: edited: & results.json: code | randperm > rand_perm
 train_speedrun.py | snapshot: & contract: edited: & results.json: code | \(3, 8, 8\) > (3, 8, 9)
@@ -207,17 +224,27 @@ results.json | results.json: referee x | "referee_sha256": " > "referee_sha256":
 results.json | results.json: 100.5 network | "nfe": [\d.]* > "nfe": 100.5
 results.json | results.json: 2.01 GFLOP | "gflops": 1.5 > "gflops": 2.01
 results.json | results.json: None GFLOP | "gflops": 1.5 > "gflops": null
-results.json | 2 damaged results | \A[^\0]* > [; \A[^\0]* > []
+results.json | results.json: values: gflops -1 | "gflops": 1.5 > "gflops": -1
+results.json | results.json: values: nfe 0.5 | "nfe": [\d.]* > "nfe": 0.5
+results.json | results.json: values: KD-lite-20 -5 | ("KD-lite-20": )[^,}]* > \g<1>-5
+results.json | results.json: values: prompt-accuracy-lite-20 1.5 | (racy-lite-20": )[^,}]* > \g<1>1.5
+results.json | results.json: values: FID-20 without inception | "FID-20": null > "FID-20": 1.0
+results.json | results.json: values: protocol of lite without | "weights": "[^"]* > "weights": "
+results.json | results.json: values: val_loss 0.189 | \A\{ > {"val_loss_fresh": 0.21,
+results.json | 2 damaged results | \A[^\0]* > [; \A[^\0]* > []; "nfe": [\d.]* > "nfe": "many"
+results.json | 2 damaged results | "KD-lite-20": > "KD-lite-20": "", "x":; "metrics": \{ > "metrics": 5, "x": {
 results.json | 2 results.json is missing | gone >
 README.md | README.md: Predecessor: 2026-11-01_First, and a section | ## Paired > Paired
 README.md | 2 README.md is missing | gone >
+README.md | 2 '../tiny/2026-11-01_First' is no plain name | : 2026 > : ../tiny/2026
 README.md | 2 2026-11-01_Nothing | _First > _Nothing
-paired/log_seed0.txt | paired test: 4 | \b0.18900\b > 0.12
+paired/log_seed0.txt | paired test: 4 | \b0.18910\b > 0.12
 paired/log_seed?.txt | paired test: 4 | \b0.18...\b > 0.19500; \b0.18...\b > 0.3
-paired/log_seed?.txt | paired images | ^(images: |.*images:)400 > \g<1>401; gone >
+paired/log_seed?.txt | paired step lines: & paired images | ^(images: |.*images:)400 > \g<1>401
+paired/log_seed?.txt | paired images | gone >
 paired/log_seed?.txt | paired images | ^data_sha256: > data_sha256: d
-paired/log_seed?.txt | paired source: code & paired source: the | sample_steps=10 > sample_steps=11
-paired/log_seed?.txt | paired source: the r | ^config: tiny > config: b
+paired/log_seed?.txt | paired source: code & paired hyperp & paired source: the | sample_steps=10 > sample_steps=11
+paired/log_seed?.txt | paired names: & paired hyperp & paired source: the r | ^config: tiny > config: b
 paired/log_seed?.txt | paired final step: | ^resumed: 0 > resumed: 1
 paired/log_seed2.txt | paired seeds & paired test: 3 seeds | gone >
 ../2026-11-01_First/log_seed3.txt | paired test: 3 seeds | gone >
@@ -253,13 +280,13 @@ def test_the_published_folders_verify_under_the_first_contract(tmp_path):
     assert done.stdout.count("ok   contract: the first") == 6
     assert "2026-11-20_First-run: an example, no record; 1 x AMD EPYC, 2 threads" in done.stdout
     snapshot = (folders[0] / "train_speedrun.py").read_bytes()
-    assert stats.check_contract(snapshot, "cifar10")[0]
-    assert not stats.check_contract(snapshot.replace(b"2025", b"2026"), "cifar10")[0]
+    assert snapshots.check_contract(snapshot, "cifar10")[0]
+    assert not snapshots.check_contract(snapshot.replace(b"2025", b"2026"), "cifar10")[0]
 
 
 def test_a_finished_runs_log_parses_and_one_cut_anywhere_is_one_line(trained, tmp_path, call):
     content = (trained / "log.txt").read_bytes()
-    log = stats.parse_log(trained / "log.txt")
+    log = series.parse_log(trained / "log.txt")
     assert log["source"] == (trained / "train_speedrun.py").read_bytes()
     assert json.loads(log["hyperparameters"])["width"] == CONFIG.width and not log["trial"]
     assert [point[0] for point in log["points"]] == [160, 320] and log["bytes"] == len(content)
@@ -289,7 +316,7 @@ def test_single_logs_and_examples_have_checks_of_their_own(project, call, faults
 
 def test_a_record_passes_with_its_statistics(project, call, faults, monkeypatch):
     done = call(stats, project / BETTER)
-    assert done.returncode == 0 and done.stdout.count("\nok   ") == 29
+    assert done.returncode == 0 and done.stdout.count("\nok   ") == 39
     numbers = "n 4, val_loss: mean 0.18905, sd 0.00029, min 0.1887, max 0.1894"
     assert f"{numbers}; train_time_s: mean 100.0, sd 0.0\n" in done.stdout
     assert "ok   contract: as published" in done.stdout
@@ -300,14 +327,14 @@ def test_a_record_passes_with_its_statistics(project, call, faults, monkeypatch)
     assert_starts(itself, "paired images & paired test: & paired race:")
     size = (project / BETTER / "log_seed0.txt").stat().st_size
     for limit, wanted in ((size, ""), (size - 1, "size: & paired size:")):
-        monkeypatch.setattr(stats, "LOG_BYTES", limit)
+        monkeypatch.setattr(checks, "LOG_BYTES", limit)
         assert_starts(faults(project / BETTER), wanted)
 
 
 def test_target_floor_fid_and_the_series_that_fixes_the_target(project, monkeypatch, faults):
-    rule = stats.Target("val_loss", None, 0.001, "images")
+    rule = checks.Target("val_loss", None, 0.001, "images")
     for value, wanted in ((0.19022, ""), (0.19021, "target:"), (None, "")):  # floor 0.002326 / 2
-        monkeypatch.setitem(stats.TARGET, "tiny", replace(rule, value=value))
+        monkeypatch.setitem(checks.TARGET, "tiny", replace(rule, value=value))
         assert_starts(faults(project / BETTER), wanted)
     first = Path(FIRST).name
     other = "target: & README.md: no predecessor"
@@ -316,58 +343,149 @@ def test_target_floor_fid_and_the_series_that_fixes_the_target(project, monkeypa
         (0.1952, first, "target:"),
         (0.1951, "", other),
     ):
-        monkeypatch.setitem(stats.TARGET, "tiny", replace(rule, value=value, baseline=name))
+        monkeypatch.setitem(checks.TARGET, "tiny", replace(rule, value=value, baseline=name))
         assert_starts(faults(project / FIRST), wanted)
-    monkeypatch.setitem(stats.TARGET, "tiny", stats.Target("FID-50k", 3.49, 0.02, "images"))
+    monkeypatch.setitem(checks.TARGET, "tiny", checks.Target("FID-50k", 3.49, 0.02, "images"))
     path = project / BETTER / "results.json"
+    edit(path, r'"protocol": \{', '"protocol": {"inception": {"weights": "0123456789abcdef"}, ')
     for fid, wanted in (("3.44", ""), ("3.45", "target: FID-50k"), ("null", "target: FID-50k")):
         edit(path, '"metrics": {("FID-50k": [^,]*, )?', f'"metrics": {{"FID-50k": {fid}, ')
         assert_starts(faults(project / BETTER), wanted)
     shutil.copy(path, path.with_name("results_seed0.json"))
     edit(path, '"FID-50k": null', '"FID-50k": 3.4')
-    assert [str(x) for x in stats.target_values(stats.load(project / BETTER))] == ["3.4", "nan"]
+    assert [str(x) for x in checks.target_values(checks.load(project / BETTER))] == ["3.4", "nan"]
     found = faults(project / BETTER)
     assert_starts(found, "results_seed0.json: run & results_seed0.json: val_loss & target:")
 
 
 def test_the_race_by_seconds_needs_one_machine_and_orders_the_table(project, monkeypatch, faults):
-    rule = replace(stats.TARGET["tiny"], race="train_time_s")
-    monkeypatch.setitem(stats.TARGET, "tiny", rule)
+    rule = replace(checks.TARGET["tiny"], race="train_time_s")
+    monkeypatch.setitem(checks.TARGET, "tiny", rule)
     folder = project / BETTER
     assert_starts(faults(folder), "paired race:")
     for old, new, wanted in (("100", "90", ""), ("H200", "H100", "paired race:")):
         for path in folder.glob("log_seed*"):
-            edit(path, rf"(^train_time_s: |NVIDIA ){old}", rf"\g<1>{new}")
+            edit(path, rf"(^train_time_s: |train_time:|NVIDIA ){old}", rf"\g<1>{new}")
         assert_starts(faults(folder), wanted)
-    records = [stats.load(project / name) for name in (BETTER, FIRST)]
+    records = [checks.load(project / name) for name in (BETTER, FIRST)]
     for race, wanted in (
         ("train_time_s", ["First", "Better"]),
         ("parameters", ["Better", "First"]),
     ):
-        monkeypatch.setitem(stats.TARGET, "tiny", replace(rule, race=race))
+        monkeypatch.setitem(checks.TARGET, "tiny", replace(rule, race=race))
         rows = stats.table("tiny", records)
         assert re.findall(r"^\| \d .*\[(\w+): a / b\]", rows, re.M) == wanted
 
 
-def test_any_committed_referee_is_published_and_no_other(project, faults):
+def test_a_published_referee_is_accepted_and_no_other(project, call, faults):
     def git(*arguments):
         author = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
         subprocess.run(["git", *author, *arguments], cwd=project, check=True, capture_output=True)
 
     def key() -> str:
-        return key_of(*[sha256((project / name).read_bytes()) for name in stats.REFEREE])
+        return key_of(*[sha256((project / name).read_bytes()) for name in checks.REFEREE])
 
-    keys = {key()}
-    assert stats.referees(project) == keys  # no repository: the working tree
-    git("init", "-q")
-    for text in ("second", "third", "uncommitted"):
-        git("add", *stats.REFEREE)
+    def referees(*base) -> set:
+        checks.referees.cache_clear()
+        return checks.referees(project, *base)
+
+    assert referees() == {key()}  # no repository: the working tree
+    git("init", "-q", "-b", "main")
+    published = set()
+    for text in ("second", "third", "the racer's"):
+        published.add(key())
+        git("add", *checks.REFEREE)
         git("commit", "-q", "-m", text)
-        (project / stats.REFEREE[-1]).write_text(text)
-        keys.add(key())
-    stats.referees.cache_clear()
-    assert stats.referees(project) == keys and len(keys) == 4
+        (project / checks.REFEREE[-1]).write_text(text)
+    git("switch", "-q", "-c", "idea")
+    git("commit", "-q", "-a", "-m", "a record and its own referee")
+    assert referees() == published and key() not in published and len(published) == 3
     assert faults(project / BETTER) == []  # it was refereed by the first
+    edit(project / BETTER / "results.json", '("referee_sha256": ")[^"]*', rf"\g<1>{key()}")
+    assert_starts(faults(project / BETTER), "results.json: referee")
+    assert faults(project / BETTER, "--base", "idea") == []
+    refuses(call(stats, project / BETTER, "--base", "other"), "no branch other", "--base")
+    git("update-ref", "refs/remotes/origin/main", "idea")
+    assert referees() == published | {key()}
+
+
+def big(path: Path):
+    path.touch()
+    os.truncate(path, 600 * 2**20)
+
+
+@pytest.mark.parametrize("kind", [os.mkfifo, os.mkdir, big])
+def test_what_is_no_file_or_too_large_is_one_line(kind, project, call, faults):
+    record = project / BETTER
+    cause = "has more than 10,485,760 bytes" if kind is big else "is no plain file"
+    for name in ("log_seed2.txt", "paired/log_seed2.txt", "results.json", "README.md"):
+        (record / name).rename(project / "kept")
+        kind(record / name)
+        refuses(call(stats, record), name, cause)
+        if kind is os.mkdir:
+            (record / name).rmdir()
+        (project / "kept").rename(record / name)
+    (record / "samples.png").unlink()
+    kind(record / "samples.png")
+    assert_starts(faults(record), "samples.png:")
+
+
+def test_a_picture_is_one_and_text_that_breaks_a_parser_is_one_line(project, faults, call):
+    record = project / BETTER
+    picture = (record / "samples.png").read_bytes()
+    for content in (b"", b"no picture", picture[:-20], picture[:900] + b"!!" + picture[902:]):
+        (record / "samples.png").write_bytes(content)
+        assert_starts(faults(record), "samples.png:")
+    edit(record / "results.json", '("protocol": )', r"\1" + "[" * 100_000)
+    refuses(call(stats, record), "results.json: damaged results")
+    edit(record / "log_seed1.txt", r"^\{.*", "[" * 100_000)
+    refuses(call(stats, record), "log_seed1.txt is not a finished run's whole log")
+
+
+def test_a_contract_for_show_is_refused_and_no_snapshot_is_run(project, monkeypatch):
+    first = (ROOT / "records/cifar10/2026-11-20_Muon/train_speedrun.py").read_bytes()
+    source = (project / BETTER / "train_speedrun.py").read_bytes()
+    in_a_string = b"TEXT = r'''\n" + first.replace(b"'''", b"") + b"'''\n"
+    cases = [(in_a_string, "2026-11-20", "the first, of 2026-11-20, in a string")]
+    cases += [(first, "2026-11-21", "one Track('cifar10', ...)")]
+    for head in (b'count: int = open("ran", "w")', b'count: open("ran", "w")'):
+        attack = source.replace(b"count: int", head)
+        cases += [(attack, "2026-12-01", "validation_draws runs code where it is defined")]
+    monkeypatch.chdir(project)
+    for snapshot, date, line in cases:
+        passed, found = snapshots.check_contract(snapshot, "cifar10", date)
+        assert not passed and line in found
+    assert not Path("ran").exists()
+
+
+# Lines that a snapshot has and its predecessor lacks: shown to the reviewer, or not
+REACHING = """
+data = open("data/cifar10/val_000.safetensors")
+with safe_open(DATA, "pt") as file:
+if os.environ.get("CHEAT"):
+return getattr(model, name)
+from socket import create_connection
+exec(code)
+ｅｘｅｃ(code)
+run = eval(text)
+return ().__class__
+"""
+HARMLESS = """
+important = opened + evaluate(executive)
+x = model.forward(x)
+"""
+
+
+def test_lines_that_reach_outside_are_shown_to_the_reviewer(project, call):
+    before = (project / FIRST / "train_speedrun.py").read_bytes()
+    found = snapshots.reaching_lines(before + (HARMLESS + REACHING).encode(), before)
+    wanted = unicodedata.normalize("NFKC", REACHING).strip().splitlines()
+    assert [line.partition(": ")[2] for line in found] == wanted
+    path = project / BETTER / "train_speedrun.py"
+    path.write_bytes(path.read_bytes() + b"import socket  # \x1b[2J\n")
+    out = call(stats, project / BETTER).stdout
+    shown = r"^note not in 2026-11-01_First: line \d+: import socket  # \?\[2J$"
+    assert re.search(shown, out, re.M) and "\x1b" not in out
 
 
 def test_readme_gets_the_tables_of_valid_records_and_keeps_the_rest(project, call, monkeypatch):
@@ -375,7 +493,7 @@ def test_readme_gets_the_tables_of_valid_records_and_keeps_the_rest(project, cal
     tables = [b"<!-- records:tiny -->", end, b"<!-- records:imagenet256 -->", end]
     text = b"# P\r\n%s\nold%s\n\n%s%s\n\xc2\xa0end" % tuple(tables)
     with monkeypatch.context() as patch:
-        patch.setattr(stats, "load", lambda folder: stats.parse_log("nothing"))
+        patch.setattr(stats, "load", lambda folder: series.parse_log("nothing"))
         for marker in tables:
             path.write_bytes(text.replace(marker, b"", 1))
             assert "README.md lacks a marker" in call(stats, "--readme").stderr
@@ -408,7 +526,7 @@ def test_the_curve_is_the_mean_of_the_seeds(project, call, monkeypatch):
 
     monkeypatch.setattr(figure.Figure, "savefig", keep)
     folder, picture = project / BETTER, project / "new/curve.png"
-    edit(folder / "log_seed3.txt", "train_time:100000ms", "train_time:140000ms")
+    edit(folder / "log_seed3.txt", "(train_time:|^train_time_s: )100", r"\g<1>140")
     assert call(stats, folder, folder / "log_seed3.txt", "--plot", picture).returncode == 0
     assert picture.read_bytes()[:4] == b"\x89PNG"
     for axis, x in zip(figures[0].axes, ((160, 320), (50, 110))):
@@ -422,7 +540,7 @@ def test_the_curve_is_the_mean_of_the_seeds(project, call, monkeypatch):
 
 def test_new_makes_a_folder_of_runs_that_are_one_series(base, project, call):
     """The base's record was made by it, and the checks accept that."""
-    runs = [project / "logs" / f"Better{seed}" for seed in range(4)]
+    runs = [project / "logs" / f"Better_tiny_seed{seed}" for seed in range(4)]
     folder = project / "records/tiny/2026-12-02_New"
     for count in (3, 4):  # again, with one run more: what the racer wrote stays
         assert call(stats, "--new", folder, *runs[:count]).returncode == 0
@@ -489,16 +607,16 @@ def test_two_scripts_are_timed_in_turn_on_the_racers_data(tmp_path, monkeypatch,
 def test_noise_has_the_tracks_form_and_trains(tmp_path, monkeypatch, capsys):
     """Where it is asked for, and where there is no data."""
     script = str(racer(tmp_path / "racer") / "train_speedrun.py")
-    monkeypatch.setattr(compare, "ROOT", tmp_path / "racer")
-    for name, track, noise in (("a", TRACK, True), ("b", ts.TRACKS["cifar10"], False)):
+    given = str(tmp_path / "racer" / "data")
+    for name, track, data in (("b", ts.TRACKS["cifar10"], given), ("a", TRACK, "")):
         (tmp_path / name).mkdir()
-        compare.place_data(track, tmp_path / name, noise)
-        assert not (tmp_path / name / "data" / track.name).is_symlink()
-    monkeypatch.chdir(tmp_path / "a")
+        monkeypatch.chdir(tmp_path / name)
+        compare.place_data(track, data)
+        assert Path("data", track.name).is_dir() and not Path("data", track.name).is_symlink()
     noise = load_file("data/tiny/train_000.safetensors")["latents"]
     assert (noise == 255).double().mean() > 0.1  # not wrapped around
     monkeypatch.setattr("sys.argv", [])
-    assert compare.main(["--child", "parts", script, "tiny", "{'width': 16}", "4"]) == 0
+    assert compare.main(["--child", "parts", script, "tiny", "{'width': 16}", "4", ""]) == 0
     out = capsys.readouterr().out
     assert '"muon": ' in out.partition("\nparts: ")[2] and "2048 training images" in out
 
@@ -523,13 +641,13 @@ def test_parts_of_a_trace_are_the_hosts_or_what_the_device_did_for_them():
         device += kernel(start + 1, start + 150, start + 800, 400, thread=9)  # autograd's
         device += kernel(start + 2, start + 350, start + 1200, 50)
         device += kernel(start + 3, start + 450, start + 1250, 7)  # in no part
-    host = compare.average_parts(events, 2)
+    host = trace.average_parts(events, 2)
     assert host == dict(forward=0.1, backward=0.2, muon=0.1, rest=0.35, step=0.75)
-    on_device = compare.average_parts(events + device, 2)
+    on_device = trace.average_parts(events + device, 2)
     wanted = dict(forward=0.3, backward=0.4, muon=0.05, rest=0.125, step=0.875)
     assert on_device == pytest.approx(wanted)
     without = [event for event in events if event["name"] != "step"]
-    assert compare.average_parts(without, 2) == compare.average_parts(events, 4) == {}
+    assert trace.average_parts(without, 2) == trace.average_parts(events, 4) == {}
 
 
 def test_the_report_is_arithmetic_of_what_was_measured(monkeypatch):
@@ -556,13 +674,24 @@ BAD_ARGUMENTS = {
     "--steps 11": "--steps must be",
     "--steps 2": "--steps must be",
     "--steps 0": "--steps must be",
-    "--set nothing=1": "nothing",
+    "--rounds 0": "--rounds and --processes must be 1 or more",
+    "--processes 0": "--rounds and --processes must be 1 or more",
     "--set width=x(": "'width=x(' is no change of a config",
-    "--config none": "none: KeyError",
+    "--set batch_size=0": "'batch_size=0' is no change of a config",
+    "--set batch_size=-8": "'batch_size=-8' is no change of a config",
+}
+# A script's last lines, and what is said of it
+BAD_SCRIPTS = {
+    "raise ValueError('no import')": "tiny: ValueError: no import",
+    "sys.exit('I am gone')": "tiny: SystemExit: I am gone",
+    "del CONFIGS": "tiny: AttributeError: module 'snapshot' has no attribute 'CONFIGS'",
+    "CONFIGS.clear()": "tiny: KeyError: 'tiny'",
+    "TRACKS.clear()": "tiny: KeyError: 'tiny'",
+    "x = )": "tiny: SyntaxError",
 }
 
 
-def test_bad_arguments_and_failing_scripts_are_one_line(tmp_path, monkeypatch, call):
+def test_bad_arguments_are_one_line(tmp_path, monkeypatch, call):
     folder = racer(tmp_path)
     for words, cause in BAD_ARGUMENTS.items():
         done = call(compare, folder, folder, "--config", "tiny", *words.split())
@@ -573,7 +702,7 @@ def test_bad_arguments_and_failing_scripts_are_one_line(tmp_path, monkeypatch, c
     def run(command, **_):
         commands.append(" ".join(command))
         if "flops" in command:
-            return subprocess.CompletedProcess(command, 0, "flops: 1.0\n", "")
+            return subprocess.CompletedProcess(command, 0, 'track: "tiny"\nflops: 1.0\n', "")
         error = "Traceback\ntrain_speedrun.py: the disk is full\nW1121 torchrun: noise\n"
         return subprocess.CompletedProcess(command, 2, "", error)
 
@@ -582,3 +711,17 @@ def test_bad_arguments_and_failing_scripts_are_one_line(tmp_path, monkeypatch, c
     refuses(call(compare, folder, folder, *options), "failed: train_speedrun.py: the disk is full")
     assert "distributed" not in commands[0] and "{'width': 16} 100" in commands[0]
     assert "-m torch.distributed.run --standalone --nproc_per_node=2" in commands[2]
+
+
+def test_a_script_that_cannot_be_timed_is_one_line(tmp_path, monkeypatch, call):
+    """Its process says what it can, and the comparison what became of that process."""
+    folder = racer(tmp_path, extra="os._exit(0)")
+    done = call(compare, folder, folder, "--config", "tiny")
+    refuses(done, f"{folder} failed: it ended without a word of its flops")
+    child = ["--child", "flops", folder / "train_speedrun.py", "tiny"]
+    for extra, cause in BAD_SCRIPTS.items():
+        racer(tmp_path, extra=extra)
+        refuses(call(compare, *child, {}, 100, ""), "compare.py: ", cause)
+    racer(tmp_path)
+    refuses(call(compare, *child, {"nothing": 1}, 100, ""), "compare.py: ", "nothing")
+    refuses(call(compare, *child[:3], "none", {}, 100, ""), "compare.py: ", "none: KeyError")
