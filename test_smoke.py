@@ -25,8 +25,8 @@ from data.testing import ALL, CONFIG, ROOT, TRACK, distance, last_run, python, r
 from records.series import parse_log
 
 # Formatted lines of these files, of any other one in a folder, and of all tests together
-CAPS = {"train_speedrun.py": 1340, "eval_speedrun.py": 800, "test_smoke.py": 350}
-CAPS |= {"data": 600, "records": 420, "tests": 2900}
+CAPS = {"train_speedrun.py": 1460, "eval_speedrun.py": 800, "test_smoke.py": 350}
+CAPS |= {"data": 600, "records": 420, "tests": 3800}
 
 # The end of a racer's script: each process keeps its state at every validation, or dies before it
 WATCHED = """
@@ -72,8 +72,9 @@ def test_files_are_short_and_formatted():
     for folder in (ROOT, ROOT / "data", ROOT / "records"):
         for path in folder.glob("*.py"):
             lines = path.read_text().splitlines()
-            assert len(lines) <= (CAPS.get(path.name) or CAPS[folder.name]), path
             assert max(map(len, lines)) <= 100, path
+            if path.name in CAPS or not path.name.startswith("test"):
+                assert len(lines) <= (CAPS.get(path.name) or CAPS[folder.name]), path
             if path.name.startswith("test"):
                 tests += len(lines)
     assert tests <= CAPS["tests"]

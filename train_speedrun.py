@@ -1196,12 +1196,12 @@ def load_state(folder: Path, code_sha256: str) -> dict:
     return saved
 
 
-def make_folder(name: str, source: str) -> Path:
-    """A new folder under logs/ with the snapshot and the log's head.
+def make_folder(wanted: Path, source: str) -> Path:
+    """A run's new folder, with the snapshot and the log's head. Raises UserError.
 
-    It is this run's alone, also where another one starts in the same second. Raises UserError.
+    Where another run has the wanted name, as of the same second, this one has a number after it.
     """
-    folder = Path("logs", name)
+    folder = wanted
     count = 1
     while True:
         try:
@@ -1209,7 +1209,7 @@ def make_folder(name: str, source: str) -> Path:
             break
         except FileExistsError:
             count += 1
-            folder = Path("logs", f"{name}_{count}")
+            folder = wanted.with_name(f"{wanted.name}_{count}")
     write_atomic(folder / "train_speedrun.py", lambda path: path.write_text(source))
     write_atomic(folder / "log.txt", lambda path: path.write_text(source + "=" * 100 + "\n"))
     return folder
@@ -1300,10 +1300,11 @@ class Run:
         torch.set_float32_matmul_precision("high")
         self.state = State(self.cfg, self.meta["seed"], world)
         self.clock = Clock(world, self.meta["seconds"])
-        if world.rank == 0 and not resume:
-            run_id = f"{datetime.now():%Y%m%d-%H%M%S}_{name}_seed{seed}"
-            self.folder = make_folder(run_id, source)
-            self.log_file = open_log(self.folder)
+        if not resume:
+            self.folder = Path("logs", f"{datetime.now():%Y%m%d-%H%M%S}_{name}_seed{seed}")
+            if world.rank == 0:  # the others write nothing
+                self.folder = make_folder(self.folder, source)
+                self.log_file = open_log(self.folder)
         world.folder = self.folder
         if resume:
             try:

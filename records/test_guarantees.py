@@ -275,7 +275,7 @@ def test_whoever_can_resume_has_the_snapshot_and_the_source(tiny, monkeypatch, r
 
 def test_runs_of_one_second_have_folders_of_their_own(tiny):
     with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(lambda _: ts.make_folder("run", "source\n"), range(8)))
+        folders = list(pool.map(lambda _: ts.make_folder(Path("logs/run"), "source\n"), range(8)))
     assert sorted(map(str, folders)) == ["logs/run", *(f"logs/run_{k}" for k in range(2, 9))]
 
 
@@ -425,7 +425,7 @@ def sparse_shards(count: int) -> ts.Shards:
     path.parent.mkdir(parents=True)
     path.write_bytes(len(header).to_bytes(8, "little") + header.encode())
     os.truncate(path, 8 + len(header) + size + 2 * count)
-    manifest = dict(files={path.name: dict(count=count)})
+    manifest = dict(files={path.name: dict(count=count, sha256="")})
     path.with_name("manifest.json").write_text(json.dumps(manifest))
     return ts.Shards(track, "train", dict(latents=track.shape, labels=()))
 
