@@ -117,13 +117,13 @@ def load_run(folder: Path, device: torch.device) -> Run:
         content = path.read_bytes()
     except OSError:
         raise UserError(f"{path} is missing: give the folder of a run, logs/<run_id>")
+    code_sha256 = sha256(content)
+    checkpoints = list_checkpoints(folder, code_sha256)
     try:
         child = Child(content, device, folders_to_hide(folder))
     except UserError as error:
         raise UserError(f"{path} does not import: {error}; mend it, train again")
     try:
-        code_sha256 = sha256(content)
-        checkpoints = list_checkpoints(folder, code_sha256)
         last_path, last = checkpoints[-1]
         name = child.tracks.get(last["config"], "")
         if not re.fullmatch(r"[\w-]+", name):
@@ -298,18 +298,16 @@ class Sampler:
         count = len(rows)
         order = torch.arange(count) % len(inputs[0])
         batch = [tensor[order] for tensor in inputs]
-        self.model.velocity(*batch, 1, self.compiled)  # compiled here, where it is not yet
-        moments = [self.run.child.seconds()]
-        for rounds in (1, 1 + ROUNDS):
-            self.model.velocity(*batch, rounds, self.compiled)
-            moments.append(self.run.child.seconds())
+        self.model.velocity(*batch, ROUNDS, self.compiled)  # compiled here, where it is not yet
+        before = self.run.child.seconds()
+        self.model.velocity(*batch, ROUNDS, self.compiled)
+        after = self.run.child.seconds()
         samples = self.spent[count][1:]  # the first one compiles
         ratios = []
         for kind in range(self.device.type == "cuda", 2):
-            start, one, many = [moment[kind] for moment in moments]
-            evaluation = ((many - one) - (one - start)) / ROUNDS
+            evaluation = (after[kind] - before[kind]) / ROUNDS
             sample = sum(spent[kind] for spent in samples) / len(samples)
-            ratios.append(sample / (self.run.track.max_nfe * max(evaluation, 1e-9)))
+            ratios.append(sample / (self.run.track.max_nfe * evaluation))
         return max(ratios)
 
     def refuse_slow(self, rows: list[int], inputs: tuple) -> float:

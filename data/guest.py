@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.nn.attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
@@ -163,6 +164,12 @@ class Flops(TorchDispatchMode):
         return out
 
 
+def turn_fast_paths_off():
+    """Those that have no formula: of attention modules in evaluation mode, of flex_attention."""
+    torch.backends.mha.set_fastpath_enabled(False)
+    flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True  # else it compiles itself
+
+
 @contextmanager
 def flops_counted():
     """A Flops that also counts in the threads that are started inside it."""
@@ -208,7 +215,7 @@ class Guest:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         torch.set_num_threads(request["threads"])
-        torch.backends.mha.set_fastpath_enabled(False)  # its kernels have no formula
+        turn_fast_paths_off()
         threading.Thread.run = run_counted
         sys.path.insert(0, os.getcwd())
         import train_speedrun

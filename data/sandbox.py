@@ -75,9 +75,12 @@ class Child:
         try:
             reply = self.ask("open", request)
             self.tracks = {str(name): str(track) for name, track in reply["tracks"].items()}
-        except (UserError, AttributeError, *FOREIGN) as error:
+        except (AttributeError, *FOREIGN):
             self.close()
-            raise UserError(f"{error}")
+            raise UserError("the snapshot answered nonsense to open")
+        except UserError:
+            self.close()
+            raise
 
     def close(self):
         """Ends the process and whatever it started, and deletes its folder."""
