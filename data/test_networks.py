@@ -1,4 +1,4 @@
-"""The referee: its budget of evaluations, the metrics, the networks that judge, its error lines.
+"""The metrics, and the networks that judge.
 
 Networks have random weights, and small sizes where they are large. Metrics are held to values
 that are known without weights.
@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 import eval_speedrun as ev
-from data import metrics, networks, reference
+from data import metrics, networks, reference, selfcheck
 from data.common import UserError, World, read_split, sha256
 from data.testing import copy_run, sampler_of
 
@@ -356,3 +356,17 @@ def test_grids_of_two_records_can_be_laid_side_by_side(scored, tmp_path, monkeyp
     assert (sheet[height + 2 : height + 98, 102:198] == tile.numpy()).all()
     below = sheet[98:height, 2:98]
     assert below.min() < 100 and below.max() == 255  # the caption: dark on white
+
+
+def test_self_check_says_what_it_could_not_run(tmp_path, monkeypatch, capsys):
+    """Nothing can be had: every check names what is missing. A wrong number fails."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(networks, "KEPT", tmp_path)
+    assert ev.main(["--self-check"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("not run: ") == 3 and "fid_inception.safetensors" in printed
+    monkeypatch.setattr(selfcheck, "check_lite", lambda world: iter([("KD-lite", 9.0, 0.0, 0.5)]))
+    assert ev.main(["--self-check"]) == 1
+    assert "FAILED: KD-lite 9, 0.0 +- 0.5" in capsys.readouterr().out

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import eval_speedrun as ev
-from data import guest, metrics, networks, sandbox, selfcheck, validation
+from data import guest, metrics, networks, sandbox, validation
 from data.common import UserError, World, read_captions, read_contract
 from data.testing import add_code, copy_run, python, sampler_of
 
@@ -467,7 +467,7 @@ def test_curve_is_of_one_protocol(trained, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------
-# Prompts and official tools, self-check, contract, error lines
+# Prompts and official tools, contract, error lines
 # ---------------------------------------------------------------------------------------------
 
 ENTRIES = [{"prompt": "a thing 1", "include": [{"count": 2}]}, {"prompt": "a thing 3", "tag": "x"}]
@@ -510,20 +510,6 @@ def test_export_is_what_the_official_tool_reads(tool, place, refused, capsys):
     Path("prompts").write_text('{"text": 1}')
     refused(*command, words=("prompts is not a prompt file", f"give {tool}'s"))
     assert not out.exists()
-
-
-def test_self_check_says_what_it_could_not_run(tmp_path, monkeypatch, capsys):
-    """Nothing can be had: every check names what is missing. A wrong number fails."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(networks, "KEPT", tmp_path)
-    assert ev.main(["--self-check"]) == 0
-    printed = capsys.readouterr().out
-    assert printed.count("not run: ") == 3 and "fid_inception.safetensors" in printed
-    monkeypatch.setattr(selfcheck, "check_lite", lambda world: iter([("KD-lite", 9.0, 0.0, 0.5)]))
-    assert ev.main(["--self-check"]) == 1
-    assert "FAILED: KD-lite 9, 0.0 +- 0.5" in capsys.readouterr().out
 
 
 SCRIPT = """
