@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import eval_speedrun as ev
+import train_speedrun as ts
 from data import guest, metrics, networks, sandbox, validation
 from data.common import UserError, World, read_captions, read_contract
 from data.testing import add_code, copy_run, python, sampler_of
@@ -345,8 +346,6 @@ def test_an_honest_run_is_isolated_and_its_cost_is_reported(trained):
 
 
 def test_draws_are_the_contracts_or_stratified_ones_that_nobody_knows():
-    import train_speedrun as ts
-
     track = ts.TRACKS["cifar10"]
     for ours, theirs in zip(
         validation.validation_draws(track.shape, 64, validation.DRAWS_SEED),
@@ -372,9 +371,8 @@ def test_a_loss_is_chance_within_five_standard_errors():
         losses.append(found.errors.mean().item())
         errors.append(found.standard_error())
     assert np.mean(errors) == pytest.approx(np.std(losses), rel=0.25)
-    before = errors[-1]
     found.errors[:20] += 100
-    assert found.standard_error() < 2 * before
+    assert found.standard_error() < 2 * errors[-1]
     found.loss = 0.55
     validation.refuse_looked_up(0.55 - 4 * 2**0.5 * found.standard_error(), found)
     with pytest.raises(UserError, match="drawn anew"):
