@@ -1,4 +1,4 @@
-"""ImageGen Speedrun: the referee. Imports a run's own snapshot, samples, scores, draws.
+"""ImageGen Speedrun: the referee. Has a run's own snapshot sample, scores, draws.
 
     python eval_speedrun.py logs/<run_id>       results.json, samples.png, curve.png in that folder
       --images 10000                            samples to score: their count is in a metric's name
@@ -8,48 +8,53 @@
     torchrun --nproc_per_node=8 eval_speedrun.py logs/<run_id>      the same numbers on 8 GPUs
     python eval_speedrun.py --self-check        the metrics against published values
 
-What a run may decide is in its snapshot: `load_checkpoint`, `velocity`, `sample`. Everything else a
-number depends on is made here: captions (balanced over the labels), noise (seeded by the image's
-index), the validation draws (from the contract's text, checked by hash), the count of network
-evaluations, the metrics. Not to be edited for a record.
+What a run may decide is in its snapshot: `load_checkpoint`, `velocity`, `sample`. It runs in a
+process of its own, without the data in reach, and gives tensors. Everything else a number depends on
+is made here: captions (balanced over the labels), noise (seeded by the image's index), the validation
+draws (the contract's, and others that nobody knows before), the limits of evaluations and time, the
+metrics. Not to be edited for a record.
 """
 
 import argparse
 import json
+import os
+import random
+import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
-import numpy as np
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils.flop_counter import flop_registry
+from torch import Tensor
 
 from data.common import (
     DAMAGED,
     Captions,
     UserError,
     World,
-    import_snapshot,
     key_of,
     machine,
     now,
     progress,
     read_captions,
     read_contract,
-    read_split,
     sha256,
     sha256_of,
     write_atomic,
 )
 from data.encoders import load_autoencoder
-from data.metrics import BATCH, features_of, frechet_distance, moments, named
-from data.networks import NETWORKS, clip_text, real_images, reference, weights
+from data.metrics import BATCH, features_of, named
+from data.networks import NETWORKS, clip_text
+from data.pictures import draw_curve, draw_grid, to_picture
+from data.reference import real_images, reference
+from data.sandbox import Child
+from data.selfcheck import self_check
+from data.validation import DRAWS_SEED, refuse_looked_up, validate
 
 # ---------------------------------------------------------------------------------------------
 # Protocol
@@ -61,6 +66,11 @@ CONTRACTS = {
     "imagenet256": "f4d059bb8b2a03edbd3c8e89c07d7c75a845d7f4c7481e0d0d0b29a63812ccfc",
 }
 NOISE_SEED = 50_000_000  # image i starts from the noise of seed NOISE_SEED + i
+AUDITS = 2  # batches of the last checkpoint whose FLOPs are counted in full once more
+ROUNDS = 10  # evaluations that are timed
+SLOWER = 1.5  # times that a sample may take, of max_nfe evaluations
+TABLES = 2**16  # bytes in a checkpoint beside two sets of weights
+MOST_IMAGES = 1_000_000
 GRID_ROWS = 8  # images of each caption in samples.png
 CURVE_IMAGES = 1000  # scored of every checkpoint
 IMAGES = {"cpu": 1000, "cuda": 50_000}  # scored of the last one, unless --images says
@@ -73,6 +83,11 @@ REFEREE = (  # whatever decides a number: results.json carries the hash of them 
     "data/metrics.py",
     "data/encoders.py",
     "data/networks.py",
+    "data/reference.py",
+    "data/validation.py",
+    "data/sandbox.py",
+    "data/confine.py",
+    "data/guest.py",
 )
 
 # ---------------------------------------------------------------------------------------------
@@ -82,40 +97,62 @@ REFEREE = (  # whatever decides a number: results.json carries the hash of them 
 
 @dataclass
 class Run:
-    """A folder that train_speedrun.py wrote."""
+    """A folder that train_speedrun.py wrote, and the process that runs its snapshot."""
 
     folder: Path
-    snapshot: ModuleType  # the run's own training script, imported
+    child: Child
     code_sha256: str  # of the snapshot
     checkpoints: list[tuple[Path, dict]]  # (path, metadata), by step
     track: SimpleNamespace  # from the contract's text, not from the rest of the snapshot
-    draws: Callable  # validation_draws of the same
     contract: str  # "as published" or "edited: <sha256>"
 
+    def close(self):
+        self.child.close()
 
-def load_run(folder: Path) -> Run:
-    """Imports logs/<run_id>/train_speedrun.py and lists its checkpoints. Raises UserError."""
+
+def load_run(folder: Path, device: torch.device) -> Run:
+    """Starts logs/<run_id>/train_speedrun.py and lists the checkpoints. Raises UserError."""
     path = folder / "train_speedrun.py"
     try:
         content = path.read_bytes()
     except OSError:
         raise UserError(f"{path} is missing: give the folder of a run, logs/<run_id>")
-    try:
-        snapshot = import_snapshot(path)
-        for name in ("CONFIGS", "load_checkpoint", "velocity", "sample"):
-            getattr(snapshot, name)
-    except Exception as error:
-        raise UserError(f"{path} does not import ({error!r}): mend it, train again")
     code_sha256 = sha256(content)
     checkpoints = list_checkpoints(folder, code_sha256)
-    last_path, last = checkpoints[-1]
-    if last["config"] not in snapshot.CONFIGS:
-        raise UserError(f"{last_path} is of no config of {path}: train again")
-    track_name = snapshot.CONFIGS[last["config"]].track
-    contract = read_contract(content.decode(), track_name)
-    published = contract.sha256 == CONTRACTS.get(track_name)
-    verdict = "as published" if published else f"edited: {contract.sha256}"
-    return Run(folder, snapshot, code_sha256, checkpoints, contract.track, contract.draws, verdict)
+    try:
+        child = Child(content, device, folders_to_hide(folder))
+    except UserError as error:
+        raise UserError(f"{path} does not import: {error}; mend it, train again")
+    try:
+        last_path, last = checkpoints[-1]
+        name = child.tracks.get(last["config"], "")
+        if not re.fullmatch(r"[\w-]+", name):
+            raise UserError(f"{last_path} is of no config of {path}: train again")
+        contract = read_contract(content.decode(errors="replace"), name)
+        refuse_strange_row(contract.track, path)
+        published = contract.sha256 == CONTRACTS.get(name)
+        verdict = "as published" if published else f"edited: {contract.sha256}"
+    except UserError:
+        child.close()
+        raise
+    return Run(folder, child, code_sha256, checkpoints, contract.track, verdict)
+
+
+def folders_to_hide(folder: Path) -> list[Path]:
+    """The run's folder, all data and weights: a snapshot has no business there."""
+    project = Path(__file__).resolve().parent
+    named_outside = [os.environ.get(name) for name in ("SPEEDRUN_DATA", "SPEEDRUN_WEIGHTS")]
+    outside = [Path(name) for name in named_outside if name]
+    return [folder, *outside, *Path("data").glob("*/"), *project.glob("data/*/")]
+
+
+def refuse_strange_row(track: SimpleNamespace, path: Path):
+    """Raises UserError where an edited row of TRACKS has not the fields of a track."""
+    kinds = {"shift": (int, float), "scale": (int, float), "dtype": str, "shape": tuple}
+    kinds |= {"val_images": int, "max_nfe": int, "text_width": int}
+    is_strange = any(not isinstance(getattr(track, key, None), kinds[key]) for key in kinds)
+    if is_strange or track.val_images < 2 or track.max_nfe < 1 or track.dtype not in CURVE:
+        raise UserError(f"{path} has a strange row of the track: start from train_speedrun.py")
 
 
 def list_checkpoints(folder: Path, code_sha256: str) -> list[tuple[Path, dict]]:
@@ -128,6 +165,7 @@ def list_checkpoints(folder: Path, code_sha256: str) -> list[tuple[Path, dict]]:
             if meta["code_sha256"] != code_sha256:
                 script = folder / "train_speedrun.py"
                 raise UserError(f"{path} was written by other code than {script}: train again")
+            float(meta["val_loss"])
         except DAMAGED as error:
             mend = f"delete it, or resume the run with RESUME={folder}"
             raise UserError(f"{path} is not a checkpoint ({error}): {mend}")
@@ -137,43 +175,48 @@ def list_checkpoints(folder: Path, code_sha256: str) -> list[tuple[Path, dict]]:
     return checkpoints
 
 
-def load_model(run: Run, path: Path, device: torch.device) -> nn.Module:
-    """The checkpoint's model, on the device, in evaluation mode. Raises UserError."""
-    try:
-        model, _ = run.snapshot.load_checkpoint(path, device)
-        return model.requires_grad_(False)
-    except Exception as error:
-        raise UserError(f"{path} does not load ({error!r}): resume or train again")
+class Model:
+    """A checkpoint as the run's process has loaded it. What it answers raises UserError."""
 
+    def __init__(self, run: Run, path: Path):
+        try:
+            self.count_stored(path, set(run.child.load(path)))
+        except (UserError, *DAMAGED) as error:
+            raise UserError(f"{path} does not load: {error}; resume or train again")
+        self.child = run.child
+        self.flops = []  # of one evaluation, as counted in each batch
 
-@torch.no_grad()
-def val_loss(run: Run, model: nn.Module, captions: Captions, device: torch.device) -> float:
-    """Mean squared velocity error over the contract's validation images, noise and times.
+    def count_stored(self, path: Path, names: set[str]):
+        """Counts what the file holds, parameters and all else. Raises UserError where it is much.
 
-    x_t = (1 - t) x + t noise and its velocity is noise - x (arXiv 2209.03003). Each image comes
-    with its label's first caption. Raises UserError where images are missing.
-    """
-    track = run.track
-    count = track.val_images
-    latents, labels = read_split(track.name, "val")
-    if len(latents) < count:
-        found = f"{len(latents)} validation images, not {count}"
-        mend = f"run: python data/download.py {track.name}"
-        raise UserError(f"data/{track.name} holds {found}; {mend}")
-    noise, t = run.draws(track, count)
-    caption_of_label = torch.tensor(captions.first_of_labels())
-    total = 0.0
-    for start in range(0, count, BATCH):
-        part = slice(start, min(start + BATCH, count))
-        x = (latents[part].float() - track.shift) * track.scale
-        mix = t[part].view(-1, 1, 1, 1)
-        x_t = (1 - mix) * x + mix * noise[part]
-        target = (noise[part] - x).to(device)
-        text = captions.pooled[caption_of_label[labels[part]]].to(device)
-        found = run.snapshot.velocity(model, x_t.to(device), t[part].to(device), text)
-        error = found.double() - target
-        total += error.square().mean(dim=(1, 2, 3)).sum().item()
-    return total / count
+        A second set of weights may lie beside the trained one, as for guidance; images may not.
+        """
+        self.parameters = 0
+        self.buffers = 0
+        self.stored_bytes = path.stat().st_size
+        trained_bytes = 0
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(name)
+                if name in names and tensor.is_floating_point():
+                    self.parameters += tensor.numel()
+                    trained_bytes += tensor.nbytes
+                else:
+                    self.buffers += tensor.numel()
+        if self.stored_bytes > 2 * trained_bytes + TABLES:
+            found = f"{self.stored_bytes:,} bytes, its model's parameters {trained_bytes:,}"
+            raise UserError(f"it has {found}: more than two sets of weights")
+
+    def velocity(self, x: Tensor, t: Tensor, text: Tensor, rounds: int = 1, compiled=False):
+        """The velocity (B, C, H, W). rounds: how often it is computed, for a timing."""
+        request = {"rounds": rounds, "compiled": compiled}
+        tensors = {"x": x.contiguous(), "t": t.contiguous(), "text": text.contiguous()}
+        out, found = self.child.tensor("velocity", request, tensors, x.shape)
+        if rounds == 1 and not compiled:
+            self.flops.append(found["flops"] / len(x))
+            if not self.flops[-1]:
+                raise UserError("velocity has no FLOPs that are counted: it runs no network")
+        return out
 
 
 # ---------------------------------------------------------------------------------------------
@@ -181,113 +224,108 @@ def val_loss(run: Run, model: nn.Module, captions: Captions, device: torch.devic
 # ---------------------------------------------------------------------------------------------
 
 
-def indexed_noise(first: int, count: int, shape: tuple, device: torch.device) -> Callable:
-    """A function that draws unit noise (count, *shape) of images first, first + 1, ... each time.
-
-    Each image has a CPU generator of its own: its noise depends on no other image.
-    """
-    seeds = range(NOISE_SEED + first, NOISE_SEED + first + count)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def draw() -> Tensor:
-        draws = [torch.randn(shape, generator=generator) for generator in generators]
-        return torch.stack(draws).to(device)
-
-    return draw
-
-
-class Flops(TorchDispatchMode):
-    """Counts the FLOPs of matrix products, convolutions and attention inside it, whoever calls."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        count = flop_registry.get(func._overloadpacket)
-        if not count:  # of a composite operation the parts are counted: linear is addmm
-            with self:
-                out = func.decompose(*args, **kwargs)
-            if out is not NotImplemented:
-                return out
-        out = func(*args, **kwargs)
-        if count:
-            self.total += count(*args, **kwargs, out_val=out)
-        return out
-
-
 class Sampler:
     """A checkpoint's images by index, on the contract's budget of network evaluations.
 
     Counted are rows that enter the model's forward and, in FLOPs of one evaluation, whatever else
-    `sample` computes: through a copy, a re-wrapped model or parts of it, compiled or not. Of two
-    images all FLOPs are counted first: a forward must cost in `sample` what it does in `velocity`.
-    Not seen: what is no matrix product, convolution or attention of PyTorch's in this process.
+    `sample` computes: through a copy, a re-wrapped model or parts of it, compiled or not. Where the
+    forward runs as plain PyTorch, or in an audit, its FLOPs are counted too. All that is the
+    guest's own word; `refuse_slow` holds the time of a sample against it, read from outside.
     """
 
-    def __init__(self, run: Run, path: Path, captions: Captions, device: torch.device, count: int):
+    def __init__(
+        self, run: Run, model: Model, captions: Captions, device: torch.device, count: int = 0
+    ):
         self.run = run
+        self.model = model
         self.captions = captions
         self.device = device
-        self.model = load_model(run, path, device)
+        self.compiled = count >= 500  # images: compiling pays for many alone
         if run.track.dtype != "uint8":
             self.autoencoder = load_autoencoder(device)
-        self.audit()
         self.nfe = 0.0  # the most evaluations that any image took
-        self.forward_rows = 0  # rows that entered the model's forward in this call
-        forward = self.model.forward
-        if count >= 500:  # images: compiling pays for many alone
-            forward = torch.compile(forward, dynamic=False)
+        self.nfe_by_flops = 0.0  # the same, by all FLOPs
+        self.spent = {}  # of each number of images: its calls' (processor seconds, seconds)
+        if not model.flops:
+            noise = torch.randn(2, BATCH, *run.track.shape)
+            text = captions.pooled[[0] * BATCH]
+            model.velocity(noise[0], noise[1].flatten(1)[:, 0].sigmoid(), text)
 
-        def counted(*args, **kwargs):
-            inputs = [*args, *kwargs.values()]
-            self.forward_rows += len(inputs[0])
-            with _disable_current_modes():
-                return forward(*args, **kwargs)
-
-        self.model.forward = counted
-
-    @torch.no_grad()
-    def audit(self):
-        """Counts all FLOPs of `velocity` and of `sample` for two images. Raises UserError."""
-        noise = indexed_noise(0, 2, self.run.track.shape, self.device)
-        text = self.captions.pooled[[0, 0]].to(self.device)
-        t = torch.full((2,), 0.5, device=self.device)
-        with Flops() as one_evaluation:
-            self.run.snapshot.velocity(self.model, noise(), t, text)
-        with Flops() as whole_sample:
-            self.run.snapshot.sample(self.model, noise(), text, noise)
-        self.flops_of_one = one_evaluation.total / 2  # images
-        self.nfe_by_flops = whole_sample.total / one_evaluation.total
-        self.refuse_above_budget(self.nfe_by_flops)
-
-    def refuse_above_budget(self, nfe: float):
+    def refuse_outside_budget(self, nfe: float):
         """Raises UserError. A hundredth more is the table look-ups and projections around it."""
         limit = self.run.track.max_nfe
-        if nfe > limit * 1.01:
+        if not 0.99 <= nfe <= limit * 1.01:
             found = f"{nfe:.1f} network evaluations' worth per image"
-            raise UserError(f"sample computes {found}; the contract allows {limit}")
+            raise UserError(f"sample computes {found}; the contract allows {limit}, and 1 at least")
 
-    @torch.no_grad()
     def __call__(self, rows: list[int], first: int = 0) -> Tensor:
         """Images first, first + 1, ... under caption rows: uint8 (B, 3, H, W). Raises UserError."""
-        shape = (len(rows), *self.run.track.shape)
-        noise = indexed_noise(first, len(rows), shape[1:], self.device)
-        text = self.captions.pooled[rows].to(self.device)
-        self.forward_rows = 0
-        with Flops() as outside_forward:  # in it, the sampler's own compiled code runs eagerly
-            x = self.run.snapshot.sample(self.model, noise(), text, noise)
-        evaluations = self.forward_rows + outside_forward.total / self.flops_of_one
-        nfe = evaluations / len(rows)
-        self.refuse_above_budget(nfe)
-        self.nfe = max(self.nfe, nfe)
-        finite = bool(x.isfinite().all())
-        if x.shape != shape or not finite:
-            found = f"{tuple(x.shape)}, finite: {finite}"
-            raise UserError(f"sample returned {found}; expected {shape}")
+        x = self.draw(rows, first, self.compiled)
         if self.run.track.dtype != "uint8":
-            latents = x.float() / self.run.track.scale + self.run.track.shift
+            latents = x.to(self.device) / self.run.track.scale + self.run.track.shift
             x = torch.cat([self.autoencoder.decode(part) for part in latents.split(25)])
         return to_uint8(x)
+
+    def draw(self, rows: list[int], first: int, compiled: bool) -> Tensor:
+        """What `sample` returns, within its budget: float32 (B, C, H, W). Raises UserError."""
+        shape = self.run.track.shape
+        seeds = [NOISE_SEED + first + i for i in range(len(rows))]
+        request = {"seeds": seeds, "shape": shape, "compiled": compiled}
+        text = {"text": self.captions.pooled[rows]}
+        child = self.run.child
+        before = child.seconds()
+        x, found = child.tensor("sample", request, text, (len(rows), *shape))
+        seconds = [after - start for after, start in zip(child.seconds(), before, strict=True)]
+        if compiled == self.compiled:
+            self.spent.setdefault(len(rows), []).append(seconds)
+        flops = min(self.model.flops)
+        nfe = (found["rows"] + found["flops_outside"] / flops) / len(rows)
+        self.refuse_outside_budget(nfe)
+        self.nfe = max(self.nfe, nfe)
+        if not compiled:
+            by_flops = found["flops"] / flops / len(rows)
+            if by_flops > self.run.track.max_nfe:
+                self.refuse_outside_budget(by_flops)
+            self.nfe_by_flops = max(self.nfe_by_flops, by_flops)
+        return x
+
+    def time_ratio(self, rows: list[int], inputs: tuple) -> float:
+        """Time of a sample over that of max_nfe evaluations, each with a draw of noise.
+
+        inputs: x_t, t, text of some velocities. Processor time of all threads and, since other
+        processes could help, time by the clock; on a GPU this alone. The larger ratio counts.
+        """
+        count = len(rows)
+        order = torch.arange(count) % len(inputs[0])
+        batch = [tensor[order] for tensor in inputs]
+        self.model.velocity(*batch, ROUNDS, self.compiled)  # compiled here, where it is not yet
+        before = self.run.child.seconds()
+        self.model.velocity(*batch, ROUNDS, self.compiled)
+        after = self.run.child.seconds()
+        samples = self.spent[count][1:]  # the first one compiles
+        ratios = []
+        for kind in range(self.device.type == "cuda", 2):
+            evaluation = (after[kind] - before[kind]) / ROUNDS
+            sample = sum(spent[kind] for spent in samples) / len(samples)
+            ratios.append(sample / (self.run.track.max_nfe * evaluation))
+        return max(ratios)
+
+    def refuse_slow(self, rows: list[int], inputs: tuple) -> float:
+        """The time ratio; where it is too large, that of a sample drawn anew. Raises UserError."""
+        count = len(rows)
+        while len(self.spent.get(count, [])) < 2:
+            self.draw(rows, 0, self.compiled)
+        ratio = self.time_ratio(rows, inputs)
+        for _ in range(2):  # other work on the machine is no fault of the sampler's
+            if ratio <= SLOWER:
+                break
+            del self.spent[count][1:]
+            self.draw(rows, 0, self.compiled)
+            ratio = min(ratio, self.time_ratio(rows, inputs))
+        if ratio > SLOWER:
+            limit = f"{self.run.track.max_nfe} evaluations"
+            raise UserError(f"a sample takes {ratio:.1f} times the time of {limit}")
+        return ratio
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -296,7 +334,7 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------
-# Pictures
+# A run refereed
 # ---------------------------------------------------------------------------------------------
 
 
@@ -306,82 +344,6 @@ def rows_of_grid(captions: Captions) -> tuple[list[int], int]:
     columns = min(len(caption_of_label), 10)
     stride = len(caption_of_label) // columns
     return caption_of_label[::stride][:columns] * GRID_ROWS, columns
-
-
-def draw_grid(images: Tensor, captions: list[str], columns: int, path: Path):
-    """Images (n, 3, H, W) uint8 in rows, each with its caption below. Small ones are enlarged."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    size = max(96, images.shape[-1])
-    font = ImageFont.load_default(size // 9)
-    row_height = size + size // 9 + 10
-    column_width = size + 4
-    row_count = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * column_width, row_count * row_height), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, caption in enumerate(captions):
-        x = i % columns * column_width + 2
-        y = i // columns * row_height + 2
-        tile = to_picture(images[i]).resize((size, size), Image.NEAREST)
-        sheet.paste(tile, (x, y))
-        pen.text((x + size / 2, y + size), caption, fill="black", font=font, anchor="ma")
-    write_atomic(path, lambda file: sheet.save(file, format="PNG"))
-
-
-def to_picture(image: Tensor):
-    """uint8 (3, H, W) -> PIL image."""
-    from PIL import Image
-
-    return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-
-
-def draw_curve(runs: list[dict], path: Path):
-    """Every checkpoint's metrics over wall clock and images seen, of one or more results.json.
-
-    Dashed: the real test images' value. Raises UserError where two were measured differently.
-    """
-    from matplotlib.figure import Figure
-
-    first = runs[0]
-    for other in runs[1:]:
-        refuse_mixed_rules(first, other)
-    metrics = ["val_loss", *first["checkpoints"][0]["metrics"]]
-    figure = Figure(figsize=(10, 1 + 3 * len(metrics)), layout="constrained")
-    grid = figure.subplots(len(metrics), 2, sharex="col", sharey="row", squeeze=False)
-    for (over_seconds, over_images), metric in zip(grid, metrics, strict=True):
-        over_seconds.set_ylabel(metric)
-        draw_metric(over_seconds, runs, metric, "seconds", "training seconds")
-        draw_metric(over_images, runs, metric, "images", "images seen")
-    grid[-1, 0].legend()
-    write_atomic(path, lambda file: figure.savefig(file, format="png"))
-
-
-def refuse_mixed_rules(first: dict, other: dict):
-    """Raises UserError where two results were not measured by the same rules."""
-    for key in first["rules"] | other["rules"]:
-        rules = [run["rules"].get(key) for run in (first, other)]
-        if rules[0] != rules[1]:
-            runs = f"{first['run_id']} and {other['run_id']}"
-            values = f"{rules[0]} and {rules[1]}"
-            raise UserError(f"{runs} cannot share a curve: {key} is {values}; evaluate anew")
-
-
-def draw_metric(axis, runs: list[dict], metric: str, key: str, label: str):
-    """One metric of all runs over the checkpoints' `key`."""
-    for run in runs:
-        points = run["checkpoints"]
-        values = [(point | point["metrics"])[metric] for point in points]
-        axis.plot([point[key] for point in points], values, "o-", label=run["run_id"])
-    if metric in runs[0]["real"]:
-        axis.axhline(runs[0]["real"][metric], ls="--", c="gray", label="real test images")
-    axis.set_xlabel(label)
-    axis.label_outer()
-    axis.grid(alpha=0.3)
-
-
-# ---------------------------------------------------------------------------------------------
-# A run refereed
-# ---------------------------------------------------------------------------------------------
 
 
 class Panel:
@@ -422,7 +384,7 @@ class Evaluation:
 
     def __init__(self, folder: Path, world: World, count: int, asked: Sequence[str]):
         self.world = world
-        self.run = load_run(folder)
+        self.run = load_run(folder, world.device)
         track = self.run.track
         self.captions = read_captions(track.name)
         self.count = count or IMAGES[world.device.type]
@@ -434,6 +396,8 @@ class Evaluation:
         self.work = self.run.folder / "evaluation"  # what a killed evaluation continues from
         self.nfe = 0.0  # the most evaluations that any image took
         self.metrics = {}  # of the last checkpoint
+        random_seed = int.from_bytes(os.urandom(6), "little")
+        self.draws_seed = world.same(random_seed)  # of validation draws that nobody knew before
         project = Path(__file__).resolve().parent
         self.referee = key_of(*[sha256_of(project / name) for name in REFEREE])
         self.rules = {
@@ -471,36 +435,63 @@ class Evaluation:
 
     def point(self, path: Path, meta: dict) -> dict:
         """A checkpoint's place on the curve; the last one's metrics of all networks, too."""
-        model = load_model(self.run, path, self.world.device)
+        model = Model(self.run, path)
+        track = self.run.track
         point = {
             "step": int(meta["step"]),
             "images": int(meta["images"]),
             "seconds": float(meta["seconds"]),
-            "val_loss": val_loss(self.run, model, self.captions, self.world.device),
+            "val_loss": validate(track, model.velocity, self.captions, DRAWS_SEED).loss,
             "metrics": {},
             "val_loss_logged": float(meta["val_loss"]),
         }
         is_last = path == self.run.checkpoints[-1][0]
+        if is_last:
+            self.fresh = validate(track, model.velocity, self.captions, self.draws_seed)
+            refuse_looked_up(point["val_loss_logged"], self.fresh)
         count = self.count if is_last else self.curve_count
         names = list(self.panel.networks) if is_last else self.curve_names
+        self.sampler = Sampler(self.run, model, self.captions, self.world.device, count)
         if not names:
             return point
-        sampler = Sampler(self.run, path, self.captions, self.world.device, count)
         rows = self.captions.balanced(count)
         features = self.features(
-            lambda start, stop: (sampler(rows[start:stop], start), rows[start:stop]),
+            lambda start, stop: (self.sampler(rows[start:stop], start), rows[start:stop]),
             count,
             names,
             f"samples of {path.stem}",
             sha256_of(path),
         )
-        self.nfe = max(self.nfe, sampler.nfe)
+        self.nfe = max(self.nfe, self.sampler.nfe)
         point["metrics"] = self.panel.scores(self.curve_names, features, self.curve_count)
         if is_last:
             if count == self.curve_count:  # those of the curve are known
                 names = [name for name in names if name not in self.curve_names]
             self.metrics = point["metrics"] | self.panel.scores(names, features, count)
         return point
+
+    def budget(self) -> dict:
+        """What a sample of the last checkpoint costs, and the pictures. Raises UserError."""
+        sampler = self.sampler
+        rows = self.captions.balanced(self.count)
+        starts = range(0, self.count, BATCH)
+        if sampler.compiled:
+            for start in random.SystemRandom().sample(starts, min(AUDITS, len(starts))):
+                sampler.draw(rows[start : start + BATCH], start, False)
+        time_ratio = sampler.refuse_slow(rows[:BATCH], self.fresh.inputs)
+        sampler.compiled = False
+        grid_rows, self.columns = rows_of_grid(self.captions)
+        self.grid = (sampler(grid_rows), [self.captions.captions[row] for row in grid_rows])
+        return {
+            "gflops": max(sampler.model.flops) / 1e9,
+            "nfe": max(self.nfe, sampler.nfe),
+            "nfe_by_flops": sampler.nfe_by_flops,
+            "max_nfe": self.run.track.max_nfe,
+            "time_ratio": time_ratio,
+            "parameters": sampler.model.parameters,
+            "buffers": sampler.model.buffers,
+            "checkpoint_bytes": sampler.model.stored_bytes,
+        }
 
 
 def evaluate(folder: Path, world: World, count: int = 0, asked: Sequence[str] = ()) -> dict:
@@ -510,33 +501,33 @@ def evaluate(folder: Path, world: World, count: int = 0, asked: Sequence[str] = 
     NETWORKS, none: the track's own. Collective. Raises UserError.
     """
     began = now()
+    if world.rank == 0:  # whoever wrote it: only a whole evaluation leaves results
+        Path(folder, "results.json").unlink(missing_ok=True)
     evaluation = Evaluation(folder, world, count, asked)
     run = evaluation.run
     panel = evaluation.panel
-    ceiling = evaluation.ceiling()
-    points = [evaluation.point(*checkpoint) for checkpoint in run.checkpoints]
-    path, meta = run.checkpoints[-1]
-    sampler = Sampler(run, path, evaluation.captions, world.device, 0)
-    rows, columns = rows_of_grid(evaluation.captions)
-    images = sampler(rows)
+    with closing(run):
+        ceiling = evaluation.ceiling()
+        points = [evaluation.point(*checkpoint) for checkpoint in run.checkpoints]
+        budget = evaluation.budget()
+    meta = run.checkpoints[-1][1]
     results = {
         "run_id": run.folder.resolve().name,
         "config": meta["config"],
         "seed": int(meta["seed"]),
         "code_sha256": run.code_sha256,
         "val_loss": points[-1]["val_loss"],
+        "val_loss_fresh": evaluation.fresh.loss,
+        "val_draws_seed": evaluation.draws_seed,
         "metrics": evaluation.metrics | dict.fromkeys(panel.why_null),
         "why_null": panel.why_null,
         "real": ceiling,
         "images": points[-1]["images"],
         "train_seconds": points[-1]["seconds"],
-        "gflops": sampler.flops_of_one / 1e9,
-        "nfe": max(evaluation.nfe, sampler.nfe),
-        "nfe_by_flops": sampler.nfe_by_flops,
-        "max_nfe": run.track.max_nfe,
-        "parameters": sum(parameter.numel() for parameter in sampler.model.parameters()),
+        **budget,
         "checkpoints": points,
         "rules": evaluation.rules,
+        "isolation": run.child.isolation,
         "protocol": panel.protocol,
         "referee_sha256": evaluation.referee,
         "processes": world.size,
@@ -546,8 +537,7 @@ def evaluate(folder: Path, world: World, count: int = 0, asked: Sequence[str] = 
     }
     world.wait()  # no other process still reads its parts
     if world.rank == 0:
-        captions = [evaluation.captions.captions[row] for row in rows]
-        draw_grid(images, captions, columns, run.folder / "samples.png")
+        draw_grid(*evaluation.grid, evaluation.columns, run.folder / "samples.png")
         draw_curve([results], run.folder / "curve.png")
         text = json.dumps(results, indent=1) + "\n"
         write_atomic(run.folder / "results.json", lambda file: file.write_text(text))
@@ -572,11 +562,12 @@ def any_captions(run: Run, wanted: list[str]) -> Captions:
 
 def draw_prompt(folder: Path, prompt: str, world: World) -> Path:
     """Eight samples of one caption by the run's last checkpoint -> prompt.png. Raises UserError."""
-    run = load_run(folder)
     path = Path(folder, "prompt.png")
-    captions = any_captions(run, [prompt])
-    sampler = Sampler(run, run.checkpoints[-1][0], captions, world.device, 8)
-    draw_grid(sampler([0] * 8), [prompt] * 8, 8, path)
+    with closing(load_run(folder, world.device)) as run:
+        captions = any_captions(run, [prompt])
+        model = Model(run, run.checkpoints[-1][0])
+        images = Sampler(run, model, captions, world.device)([0] * 8)
+    draw_grid(images, [prompt] * 8, 8, path)
     return path
 
 
@@ -596,7 +587,9 @@ def read_prompts(path: Path, tool: str) -> tuple[list, list[str]]:
         wanted = []
         for entry in entries:
             wanted.append(entry["prompt"] if "prompt" in entry else entry["caption"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not wanted or not all(isinstance(x, str) and x.strip() for x in wanted):
+            raise ValueError("no prompts, or an empty one")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not a prompt file ({error!r}); give {tool}'s")
     return entries, wanted
 
@@ -609,9 +602,7 @@ def export(folder: Path, tool: str, prompts: Path, world: World) -> Path:
     hpsv3      00000.png with its prompt in 00000.txt, for evaluate/benchmark.py --image_folders
     prompts: see read_prompts. A killed export continues. Raises UserError.
     """
-    run = load_run(folder)
     entries, wanted = read_prompts(prompts, tool)
-    captions = any_captions(run, wanted)
     out = Path(folder, tool).resolve()
     copies = 4 if tool == "geneval" else 1
     files = []
@@ -629,85 +620,21 @@ def export(folder: Path, tool: str, prompts: Path, world: World) -> Path:
         texts[out / "image_filepaths.json"] = json.dumps(file_of_prompt)
     for path, text in texts.items():
         write_atomic(path, lambda file, text=text: file.write_text(text))
-    sampler = Sampler(run, run.checkpoints[-1][0], captions, world.device, len(files))
-    starts = range(0, len(files), BATCH)
-    for start in progress(starts[world.rank :: world.size], f"images for {tool}"):
-        part = range(start, min(start + BATCH, len(files)))
-        if all(files[i].is_file() for i in part):
-            continue
-        images = sampler([i // copies for i in part], start)
-        for i, image in zip(part, images, strict=True):
-            picture = to_picture(image)
-            write_atomic(files[i], lambda file, picture=picture: picture.save(file, format="PNG"))
+    with closing(load_run(folder, world.device)) as run:
+        captions = any_captions(run, wanted)
+        model = Model(run, run.checkpoints[-1][0])
+        sampler = Sampler(run, model, captions, world.device, len(files))
+        starts = range(0, len(files), BATCH)
+        for start in progress(starts[world.rank :: world.size], f"images for {tool}"):
+            part = range(start, min(start + BATCH, len(files)))
+            if all(files[i].is_file() for i in part):
+                continue
+            images = sampler([i // copies for i in part], start)
+            for i, image in zip(part, images, strict=True):
+                picture = to_picture(image)
+                save = lambda file, picture=picture: picture.save(file, format="PNG")  # noqa: E731
+                write_atomic(files[i], save)
     return out
-
-
-# ---------------------------------------------------------------------------------------------
-# Self-check: published values, wherever weights and data can be had
-# ---------------------------------------------------------------------------------------------
-
-
-def check_lite(world: World) -> Iterator[tuple]:
-    """The first 1,000 CIFAR-10 test images, as this referee measured them on its first day."""
-    track = SimpleNamespace(name="cifar10", dtype="uint8")
-    labels_alone = SimpleNamespace(labels=list(range(10)))
-    network = NETWORKS["lite"](labels_alone, world.device)
-    real, _ = reference(track, "lite", network, world)
-    images, labels, _ = real_images(track, "val")
-    fake = network(images[:1000].to(world.device), labels[:1000].to(world.device))
-    values = network.values(real, fake)
-    yield from zip(network.metrics, values, (0.0, 0.858), (0.5, 0.01), strict=True)
-
-
-def check_cifar10(world: World) -> Iterator[tuple]:
-    """torch-fidelity's own CI: 5,000 training against 5,000 test images of CIFAR-10."""
-    from data.download import cifar10_from_npm  # in the original order
-
-    network = NETWORKS["inception"](None, world.device)
-    found = []
-    for pixels, _ in cifar10_from_npm().values():
-        rows = np.random.RandomState(2020).choice(len(pixels), 5000, replace=False)
-        images = torch.from_numpy(pixels[rows]).permute(0, 3, 1, 2).to(world.device)
-        batches = progress(images.split(BATCH), "images")
-        found += moments(network(batch, [])["pool"] for batch in batches)
-    yield "FID", frechet_distance(*found), 10.3233274, 1e-4
-
-
-def check_adm(world: World) -> Iterator[tuple]:
-    """ADM's published samples against ADM's reference."""
-    track = SimpleNamespace(name="imagenet256", dtype="float16")
-    network = NETWORKS["inception"](None, world.device)
-    images = torch.from_numpy(np.load(weights("ADM samples"))["arr_0"]).permute(0, 3, 1, 2)
-    real, _ = reference(track, "inception", network, world)
-    fake = features_of(
-        lambda start, stop: (images[start:stop], []),
-        len(images),
-        {"inception": network},
-        Path("data/imagenet256/adm_samples"),
-        world,
-        "ADM's samples",
-    )
-    wanted = (3.9426, 6.1404, 215.84, 0.8265, 0.531)
-    within = (1e-3, 1e-2, 0.1, 2e-3, 2e-3)  # ADM measures precision and recall in float16
-    yield from zip(network.metrics, network.values(real, fake), wanted, within, strict=True)
-
-
-@torch.no_grad()
-def self_check(world: World) -> int:
-    """Runs every check that can be run here and says which could not, and why. The exit code."""
-    status = 0
-    for check in (check_lite, check_cifar10, check_adm):
-        print(check.__doc__)
-        try:
-            for name, found, wanted, within in check(world):
-                verdict = "ok"
-                if abs(found - wanted) > within:
-                    verdict = "FAILED"
-                    status = 1
-                print(f"  {verdict}: {name} {found:.7g}, {wanted} +- {within:g}")
-        except UserError as error:
-            print(f"  not run: {error}")
-    return status
 
 
 # ---------------------------------------------------------------------------------------------
@@ -741,7 +668,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     metrics = [metric for network in NETWORKS.values() for metric in network.metrics]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", nargs="?", type=Path, help="folder of a run: logs/<run_id>")
-    parser.add_argument("--images", type=int, default=0, help="samples of the last checkpoint")
+    parser.add_argument("--images", type=int, help="samples of the last checkpoint")
     parser.add_argument("--metrics", nargs="+", choices=metrics, default=[])
     parser.add_argument("--prompt", help="only draw samples of this caption")
     tools = ("geneval", "geneval2", "hpsv3")
@@ -751,13 +678,29 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def refuse_arguments(args: argparse.Namespace):
+    """Raises UserError for a command line that could not do all that it asks for."""
+    wanted = {"--self-check": args.self_check, "--prompt": args.prompt, "--export": args.export}
+    ways = [name for name, value in wanted.items() if value not in (None, False)]
+    if len(ways) > 1:
+        raise UserError(f"{' and '.join(ways)} are different requests: give one of them")
+    if not args.run and not args.self_check:
+        raise UserError("give a run's folder, logs/<run_id>")
+    if args.images is not None and not 10 <= args.images <= MOST_IMAGES:
+        raise UserError(f"give 10 or more --images, and at most {MOST_IMAGES:,}")
+    if args.prompt is not None and not args.prompt.strip():
+        raise UserError("--prompt is empty: give a caption")
+    if bool(args.export) != bool(args.prompts):
+        raise UserError("give --export with --prompts, the tool's own prompt file")
+
+
 def referee_run(args: argparse.Namespace, world: World):
     """Evaluates the run and prints what lies where, and the row to paste. Raises UserError."""
     asked = []
     for name, network_class in NETWORKS.items():
         if set(network_class.metrics) & set(args.metrics):
             asked.append(name)
-    results = evaluate(args.run, world, args.images, asked)
+    results = evaluate(args.run, world, args.images or 0, asked)
     if world.rank == 0:
         for name in ("log.txt", "results.json", "samples.png", "curve.png"):
             print(f"{name}: {Path(args.run, name)}")
@@ -770,14 +713,9 @@ def main(argv: list[str] | None = None) -> int:
     world = World()
     status = 0
     try:
-        too_few = args.images and args.images < 10
-        one_missing = bool(args.export) != bool(args.prompts)
+        refuse_arguments(args)
         if args.self_check:
             status = self_check(world)
-        elif not args.run or one_missing or too_few:
-            raise UserError(
-                "give a run's folder, logs/<run_id>; 10 or more --images; --export with --prompts"
-            )
         elif args.prompt:
             print("samples:", draw_prompt(args.run, args.prompt, world))
         elif args.export:

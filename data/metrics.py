@@ -174,19 +174,29 @@ def inception_score(logits: Tensor, chunk: int = 5000) -> float:
     return torch.stack(scores).mean().item()
 
 
-def neighbour_accuracy(
-    real: Tensor, real_labels: Tensor, fake: Tensor, labels: Tensor, k: int = 10
-) -> float:
-    """Share of fake (M, D) whose k nearest real ones (N, D) vote for its label (M,).
+def nearest(real: Tensor, fake: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosines (M, k), float64, and rows (M, k) of the k nearest of real (N, D) to fake (M, D)."""
+    real = F.normalize(real.double())
+    found = [(F.normalize(part.double()) @ real.T).topk(k) for part in fake.split(ROWS)]
+    cosines, rows = zip(*found, strict=True)
+    return torch.cat(cosines), torch.cat(rows)
+
+
+def neighbour_accuracy(cosines: Tensor, rows: Tensor, real_labels: Tensor, labels: Tensor) -> float:
+    """Share of samples whose nearest real ones (M, k) vote for their label (M,).
 
     Near is a large cosine. Of labels with as many votes, that of the nearer neighbours wins.
     """
-    real = F.normalize(real.double())
-    label_count = int(real_labels.max()) + 1
-    correct = 0
-    for part, wanted in zip(fake.split(ROWS), labels.split(ROWS), strict=True):
-        cosine, nearest = (F.normalize(part.double()) @ real.T).topk(k)  # (B, k)
-        votes = cosine.new_zeros(len(part), label_count)
-        votes.scatter_add_(1, real_labels[nearest], 1 + cosine / 1000)
-        correct += (votes.argmax(dim=1) == wanted).sum().item()
-    return correct / len(fake)
+    votes = cosines.new_zeros(len(labels), int(real_labels.max()) + 1)
+    votes.scatter_add_(1, real_labels[rows], 1 + cosines / 1000)
+    return (votes.argmax(dim=1) == labels).sum().item() / len(labels)
+
+
+def copy_threshold(cosines: Tensor) -> Tensor:
+    """The cosine to their nearest training image that 1 % of real test images exceed. (M,)."""
+    return cosines.quantile(0.99)
+
+
+def share_of_copies(cosines: Tensor, threshold: Tensor) -> float:
+    """Share of samples that are nearer to a training image than 99 % of test images. (M,)."""
+    return (cosines > threshold).double().mean().item()

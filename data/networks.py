@@ -5,6 +5,7 @@ images uint8 (B, 3, H, W) and their caption rows (a list of B) to {name: feature
     metrics          the names of the metrics that its features give
     reference_rows   {name: rows} of the real images' features that these metrics need beside mean
                      and covariance (None: all rows); {}: they need no real images at all
+    compare          where there is one, real and test images' features -> more of the reference
     values           real and fake features -> the metrics' values, in the order of their names
     net              what the images pass through: its weights are hashed into results.json
 Definitions follow the sources named, to the resize. SPEEDRUN_WEIGHTS=/folder is searched first, by
@@ -12,10 +13,8 @@ file name (`local_name`). Not to be edited for a record.
 """
 
 import hashlib
-import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,33 +23,29 @@ import zipfile
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data.common import (
     Captions,
     UserError,
-    World,
-    key_of,
     progress,
-    read_split,
     sha256_of,
     write_atomic,
 )
 from data.metrics import (
-    features_of,
+    copy_threshold,
     frechet_distance,
     inception_score,
     kernel_distance,
     moments,
+    nearest,
     neighbour_accuracy,
     precision_recall,
-    summary,
+    share_of_copies,
 )
 
 # ---------------------------------------------------------------------------------------------
@@ -487,9 +482,12 @@ class HPS:
 
 
 class Lite:
-    """EfficientNet-lite0's pooled features (1280), bf16: KD x 1000, and a vote of neighbours."""
+    """EfficientNet-lite0's pooled features (1280), bf16: KD x 1000, and what is near a sample.
 
-    metrics = ("KD-lite", "prompt-accuracy-lite")
+    Its neighbours vote on its class, and the nearest may be what it was copied from.
+    """
+
+    metrics = ("KD-lite", "prompt-accuracy-lite", "copies-lite")
     reference_rows = {"lite": None}
 
     def __init__(self, captions: Captions, device: torch.device):
@@ -527,69 +525,15 @@ class Lite:
     @staticmethod
     def values(real: dict, fake: dict) -> tuple:
         distance = 1000 * kernel_distance(real["lite"], fake["lite"])
-        return distance, neighbour_accuracy(
-            real["lite"], real["label"], fake["lite"], fake["label"]
-        )
+        cosines, rows = nearest(real["lite"], fake["lite"], 10)
+        accuracy = neighbour_accuracy(cosines, rows, real["label"], fake["label"])
+        return distance, accuracy, share_of_copies(cosines[:, 0], real["copy_threshold"])
+
+    @staticmethod
+    def compare(real: dict, test: dict) -> dict:
+        """What real test images tell about samples, to be kept beside the reference."""
+        cosines, _ = nearest(real["lite"], test["lite"], 1)
+        return {"copy_threshold": copy_threshold(cosines).cpu()}
 
 
 NETWORKS = {"inception": Inception, "dinov2": DINOv2, "judge": Judge, "hps": HPS, "lite": Lite}
-
-# ---------------------------------------------------------------------------------------------
-# What they see in real images
-# ---------------------------------------------------------------------------------------------
-
-
-def real_images(track: SimpleNamespace, split: str = "train") -> tuple[Tensor, Tensor, str]:
-    """Images uint8 (N, 3, H, W), their labels (N,), the sha256 of their file. Raises UserError."""
-    if track.dtype == "uint8":
-        images, labels = read_split(track.name, split)
-        return images, labels, sha256_of(Path("data", track.name, "manifest.json"))
-    if track.name != "imagenet256":
-        raise UserError(f"no real images are known for {track.name}: name them in real_images")
-    path = weights("ADM reference")
-    images = torch.from_numpy(np.load(path)["arr_0"]).permute(0, 3, 1, 2)
-    return images, torch.zeros(len(images), dtype=torch.long), sha256_of(path)
-
-
-def reference(track: SimpleNamespace, name: str, network, world: World) -> tuple[dict, dict]:
-    """The real images' {name: features, name.mean, name.cov, label}, and how they were made.
-
-    They are cached in data/<track>/ under a name that says how. Raises UserError.
-    """
-    protocol = {"weights": digest(network.net)}
-    if not network.reference_rows:
-        return {}, protocol
-    images, labels, images_sha256 = real_images(track)
-    protocol["reference"] = images_sha256
-    protocol["reference_images"] = len(images)
-    folder = Path(__file__).resolve().parent
-    key = key_of(protocol, sha256_of(folder / "networks.py"), sha256_of(folder / "metrics.py"))
-    path = Path("data", track.name, f"reference_{name}_{key}.safetensors")
-    if not path.is_file():
-        parts = path.with_suffix("")
-        features = features_of(
-            lambda start, stop: (images[start:stop], [0] * (stop - start)),
-            len(images),
-            {name: network},
-            parts,
-            world,
-            f"reference: {name}, once",
-        )
-        tensors = summary(features, network.reference_rows)
-        tensors["label"] = labels
-        if track.dtype != "uint8" and name == "inception":
-            tensors.update(adm_moments())
-        if world.rank == 0:
-            notes = {"protocol": json.dumps(protocol)}
-            write_atomic(path, lambda file: save_file(tensors, file, notes))
-            shutil.rmtree(parts)
-        world.wait()
-    return load_file(path, device=str(world.device)), protocol
-
-
-def adm_moments() -> dict:
-    """ADM's own moments of all of ImageNet's training images. Raises UserError."""
-    published = np.load(weights("ADM reference"))
-    names = {"pool.mean": "mu", "pool.cov": "sigma"}
-    names |= {"spatial.mean": "mu_s", "spatial.cov": "sigma_s"}
-    return {name: torch.from_numpy(published[key]) for name, key in names.items()}

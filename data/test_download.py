@@ -575,11 +575,10 @@ def test_added_track_is_trained_and_refereed(row, place, monkeypatch):
     logged = results["checkpoints"][0]["val_loss_logged"]
     assert results["val_loss"] == pytest.approx(logged, rel=1e-4) and results["nfe"] == 6
     if row is LATENTS:
-        run = ev.load_run(folder)
-        captions = read_captions("tiny")
-        sampler = ev.Sampler(run, run.checkpoints[-1][0], captions, torch.device("cpu"), 0)
-        noise = ev.indexed_noise(0, 1, row.shape, "cpu")
-        latent = run.snapshot.sample(sampler.model, noise(), captions.pooled[[0]], noise)
+        run = ev.load_run(folder, torch.device("cpu"))
+        model = ev.Model(run, run.checkpoints[-1][0])
+        sampler = ev.Sampler(run, model, read_captions("tiny"), torch.device("cpu"))
+        latent = sampler.draw([0], 0, False)
         picture = ev.to_uint8(network.decode(latent / 0.3099)).int()
         assert picture.shape == (1, 3, 256, 256)
         assert (picture - sampler([0]).int()).abs().max() <= 1

@@ -1,14 +1,12 @@
-"""The referee: its budget of evaluations, the metrics, the networks that judge, its error lines.
+"""The metrics, and the networks that judge.
 
 Networks have random weights, and small sizes where they are large. Metrics are held to values
 that are known without weights.
 """
 
-import copy
 import functools
 import importlib
 import json
-import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -21,137 +19,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
 import eval_speedrun as ev
-from data import metrics, networks
-from data.common import UserError, World, read_captions, read_contract, read_split, sha256
-from data.testing import python, write_data
+from data import metrics, networks, reference, selfcheck
+from data.common import UserError, World, read_split, sha256
+from data.testing import copy_run, sampler_of
 
 CPU = torch.device("cpu")
-
-
-def copy_run(trained: Path, folder: Path) -> Path:
-    """A copy of the finished run, not yet refereed, with its data in `folder`: the run's folder."""
-    write_data(folder)
-    results = shutil.ignore_patterns("results.json", "*.png")
-    return shutil.copytree(trained, folder / "logs" / trained.name, ignore=results)
-
-
-@pytest.fixture
-def place(trained, tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return copy_run(trained, tmp_path)
-
-
-@pytest.fixture
-def refused(capsys):
-    """Calls the referee: one line on standard error with these words, exit code 2."""
-
-    def check(*arguments, words: tuple):
-        assert ev.main([*map(str, arguments)]) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and all(word in error for word in words), error
-
-    return check
-
-
-# ---------------------------------------------------------------------------------------------
-# The budget
-# ---------------------------------------------------------------------------------------------
-
-
-def sampler_of(folder: Path, cheat=lambda *_: None, count: int = 0) -> ev.Sampler:
-    """The referee's sampler of a run whose `sample` also does what `cheat` does."""
-    run = ev.load_run(folder)
-    honest = run.snapshot.sample
-
-    def sample(model, noise, text, fresh):
-        x = honest(model, noise, text, fresh)
-        spoiled = cheat(run.snapshot, model, noise, text)
-        return x if spoiled is None else spoiled
-
-    run.snapshot.sample = sample
-    return ev.Sampler(run, run.checkpoints[-1][0], read_captions("tiny"), CPU, count)
-
-
-def another(model):
-    other = type(model)(model.cfg, model.track)
-    other.load_state_dict(model.state_dict())
-    return other
-
-
-WAYS = {
-    "a call": lambda model: model,
-    "a bare forward": lambda model: model.forward,
-    "its class's forward": lambda model: functools.partial(type(model).forward, model),
-    "a new model": another,
-    "a copy": copy.deepcopy,
-    "a compiled model": lambda model: torch.compile(another(model)),
-}
-
-
-@pytest.mark.parametrize("size", [2, 3], ids=["at once", "later"])
-@pytest.mark.parametrize("way", WAYS)
-def test_hidden_evaluations_are_refused(way, size, place):
-    """Ninety more than the honest twenty, for two images or only for a real batch of three."""
-
-    def spend(snapshot, model, noise, text):
-        if len(noise) == size:
-            network = WAYS[way](model)
-            for _ in range(90):
-                network(noise.flatten(1), noise.new_ones(size), text)
-
-    with pytest.raises(UserError, match="110.0 network evaluations' worth.*allows 100"):
-        sampler_of(place, spend)([0, 1, 2])
-
-
-def test_rows_are_counted_in_compiled_code_too(place):
-    """Rows, not calls; and a sampler's compiled code runs eagerly, so that it is seen."""
-    seen = []
-
-    @torch.compile
-    def double(x):
-        seen.append(torch.compiler.is_compiling())
-        return 2 * x
-
-    def one_more(snapshot, model, noise, text):
-        double(noise)
-        snapshot.velocity(model, noise[:1], noise.new_ones(1), text[:1])
-
-    double(torch.ones(3))
-    sampler = sampler_of(place, one_more)
-    assert sampler.nfe_by_flops == pytest.approx(20.5)  # of two images
-    sampler([0, 1, 2, 3])
-    assert sampler.nfe == pytest.approx(20.25)
-    assert seen == [True, False, False]  # here, in the count of FLOPs, for the images
-
-
-def test_samples_depend_on_the_index_alone(place, monkeypatch):
-    """Not on the batch, nor on the number of images, of which many are drawn by compiled code."""
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    plain = sampler_of(place, count=499)
-    rows = plain.captions.balanced(12)
-    whole = plain(rows).int()
-    assert len({bytes(image.numpy()) for image in whole}) == 12 and not graphs
-    compiled = sampler_of(place, count=500)
-    for start in (0, 5, 10):
-        part = slice(start, start + 5)
-        assert (compiled(rows[part], start).int() - whole[part]).abs().max() <= 1  # a rounding
-    assert graphs and compiled.nfe == plain.nfe == 20
-
-
-@pytest.mark.parametrize("spoiled", [torch.zeros(3, 8, 8), torch.full((3, 3, 8, 8), np.nan)])
-def test_samples_that_are_no_images_are_refused(spoiled, place):
-    with pytest.raises(UserError, match=r"sample returned .* expected \(3, 3, 8, 8\)"):
-        sampler_of(place, lambda *_: spoiled)([0, 1, 2])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -169,7 +45,8 @@ METRICS = {  # and how far from the origin their features lie
     frechet: 10,
     metrics.kernel_distance: 10,
     metrics.precision_recall: 1000,
-    lambda x, y: metrics.neighbour_accuracy(x, LABELS, y, LABELS): 1000,
+    lambda x, y: metrics.neighbour_accuracy(*metrics.nearest(x, y, 10), LABELS, LABELS): 1000,
+    lambda x, y: metrics.nearest(x, y, 2)[0].sum().item(): 1000,
     lambda x, y: metrics.inception_score(x, 80): 0,
 }
 
@@ -225,7 +102,10 @@ def test_scores_count_what_they_say():
     real = torch.stack([angles.cos(), angles.sin()], dim=1)
     labels = torch.tensor([0, 0, 1, 1])
     fake = torch.tensor([[1.0, 0]]).double()
-    assert metrics.neighbour_accuracy(real, labels, fake, torch.tensor([1]), k=4) == 1
+    neighbours = metrics.nearest(real, fake, 4)
+    threshold = metrics.copy_threshold(torch.arange(1000).double())
+    assert metrics.share_of_copies(torch.arange(1000).double(), threshold) == 0.01
+    assert metrics.neighbour_accuracy(*neighbours, labels, torch.tensor([1])) == 1
 
 
 def test_metrics_equal_torch_fidelity(inception, tmp_path):
@@ -335,8 +215,11 @@ def test_lite_takes_the_wheels_names_and_scales_pixels(tmp_path, monkeypatch):
     lite = networks.Lite(captions, CPU)
     for name, x in lite.net.state_dict().items():
         assert x.equal(state[name])
-    near, far = (dict(lite=torch.randn(40, 8) + k, label=torch.arange(40) % 2) for k in (0, 2))
+    near, far = (dict(lite=torch.randn(400, 8) + k, label=torch.arange(400) % 2) for k in (0, 2))
+    near |= lite.compare(near, {"lite": torch.randn(400, 8)})
     assert lite.values(near, far)[0] == 1000 * metrics.kernel_distance(near["lite"], far["lite"])
+    copies = {"lite": 3 * near["lite"][7:107], "label": near["label"][7:107]}
+    assert lite.values(near, copies)[2] == 1
     lite.net = torch.flatten
     black_and_white = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
     seen = lite(black_and_white.expand(2, 3, 8, 8), [0, 1])
@@ -389,7 +272,7 @@ def scored(trained, inception, lite_weights, tmp_path_factory):
     create = timm.create_model
     create_clip = open_clip.create_model
     sample = ev.Sampler.__call__
-    real_images = networks.real_images
+    real_images = reference.real_images
     batches = []
 
     def small(name, **options):
@@ -420,7 +303,7 @@ def scored(trained, inception, lite_weights, tmp_path_factory):
         patch.setitem(networks.WEIGHTS, "inception", [source])
         patch.setattr(timm, "create_model", small)
         patch.setattr(open_clip, "create_model", clips)
-        patch.setattr(networks, "real_images", few_images)
+        patch.setattr(reference, "real_images", few_images)
         patch.setattr(ev, "real_images", few_images)
         patch.setattr(metrics, "BATCH", 8)
         patch.setattr(ev.Sampler, "__call__", watched)
@@ -439,7 +322,7 @@ def test_every_network_scores_in_one_pass(scored, monkeypatch):
     results = scored.results
     assert [len(images) for images in scored.batches] == [8, 4, 8, 4, 32]  # the grid comes last
     names = [f"{name}-12" for network in networks.NETWORKS.values() for name in network.metrics]
-    assert list(results["metrics"]) == names[-2:] + names[:-2]  # the curve's first
+    assert list(results["metrics"]) == names[-3:] + names[:-3]  # the curve's first
     assert np.isfinite(list(results["metrics"].values())).all() and not results["why_null"]
     assert len({protocol["weights"] for protocol in results["protocol"].values()}) == 4
     references = sorted(Path("data/tiny").glob("reference_*.safetensors"))
@@ -475,128 +358,6 @@ def test_grids_of_two_records_can_be_laid_side_by_side(scored, tmp_path, monkeyp
     assert below.min() < 100 and below.max() == 255  # the caption: dark on white
 
 
-@pytest.fixture(scope="module")
-def alone(trained, tmp_path_factory):
-    """What one process finds, in small batches."""
-    folder = tmp_path_factory.mktemp("alone")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(ev, "BATCH", 8)
-        patch.setattr(metrics, "BATCH", 8)
-        return ev.evaluate(copy_run(trained, folder), World(), 20)
-
-
-def test_killed_evaluation_continues_to_the_same_numbers(alone, place, monkeypatch):
-    """Nothing that is scored is sampled again."""
-    honest = ev.Sampler.__call__
-    sampled = []
-
-    def killed(sampler, rows, first=0):
-        if len(sampled) in (2, 5):
-            sampled.append("killed")
-            raise KeyboardInterrupt
-        sampled.append(first)
-        return honest(sampler, rows, first)
-
-    monkeypatch.setattr(ev, "BATCH", 8)
-    monkeypatch.setattr(metrics, "BATCH", 8)
-    monkeypatch.setattr(ev.Sampler, "__call__", killed)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            ev.evaluate(place, World(), 20)
-    found = ev.evaluate(place, World(), 20)
-    assert sampled == [0, 8, "killed", 16, 0, "killed", 8, 16, 0]
-    for key in ("metrics", "real", "checkpoints"):
-        assert found[key] == alone[key]
-
-
-def test_two_processes_give_the_same_numbers(alone, place, tmp_path):
-    lines = (
-        "import eval_speedrun as ev",
-        "from data import metrics",
-        "ev.BATCH = metrics.BATCH = 8",
-    )
-    Path("referee.py").write_text("\n".join([*lines, "raise SystemExit(ev.main())"]))
-    done = python(tmp_path, "referee.py", place, "--images", 20, processes=2)
-    assert done.stdout.count("| val loss |") == 1
-    two = json.loads((place / "results.json").read_text())
-    assert (two["processes"], alone["processes"]) == (2, 1) and len(two["real"]) == 2
-    assert two["real"] == pytest.approx(alone["real"], rel=1e-6)
-    for a, b in zip(alone["checkpoints"], two["checkpoints"], strict=True):
-        assert b["metrics"] == pytest.approx(a["metrics"], rel=1e-6)
-        assert b["val_loss"] == pytest.approx(a["val_loss"], rel=1e-6)
-
-
-def test_network_that_cannot_be_had_is_null_with_the_reason(trained, place, monkeypatch):
-    results = json.loads((trained / "results.json").read_text())
-    assert results["metrics"]["FID-20"] is None and results["metrics"]["KD-lite-20"] > 0
-    assert results["why_null"]["FID-20"] == "not asked for: --metrics FID"
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place))
-    monkeypatch.setattr(networks, "KEPT", place)
-    panel = ev.Panel(["lite", "judge"], ev.load_run(place), read_captions("tiny"), 20, World())
-    assert list(panel.networks) == ["lite"]
-    assert "SPEEDRUN_WEIGHTS" in panel.why_null["prompt-accuracy-20"]
-
-
-def test_curve_is_of_one_protocol(trained, tmp_path):
-    results = json.loads((trained / "results.json").read_text())
-    other = results | {"run_id": "another"}
-    ev.draw_curve([results, other], tmp_path / "curve.png")
-    assert np.asarray(Image.open(tmp_path / "curve.png")).std() > 1
-    for key in ("images", "lite", "contract", "noise_seed", "dinov2"):
-        mixed = other | {"rules": other["rules"] | {key: 0}}
-        with pytest.raises(UserError, match=f"another cannot share a curve: {key} is"):
-            ev.draw_curve([results, mixed], tmp_path / "mixed.png")
-    assert not (tmp_path / "mixed.png").exists()
-
-
-# ---------------------------------------------------------------------------------------------
-# Prompts and official tools, self-check, contract, error lines
-# ---------------------------------------------------------------------------------------------
-
-ENTRIES = [{"prompt": "a thing 1", "include": [{"count": 2}]}, {"prompt": "a thing 3", "tag": "x"}]
-LINES = "\n".join(map(json.dumps, ENTRIES))
-TOOLS = {
-    "geneval": (LINES, [1] * 4 + [3] * 4),
-    "geneval2": (LINES, [1, 3]),
-    "hpsv3": ('[{"caption": "a thing 1", "image_file": null}, {"caption": "a thing 3"}]', [1, 3]),
-}
-
-
-@pytest.mark.parametrize("tool", TOOLS)
-def test_export_is_what_the_official_tool_reads(tool, place, refused, capsys):
-    """Read as geneval's evaluate_images.py, GenEval 2's evaluation.py, HPSv3's benchmark.py do."""
-    out = place / tool
-    text, rows = TOOLS[tool]
-    Path("prompts").write_text(text)
-    command = [str(place), "--export", tool, "--prompts", "prompts"]
-    assert ev.main(command) == 0 and capsys.readouterr().out.split()[-1] == str(out)
-    files = sorted(out.rglob("*.png"))
-    if tool == "geneval":
-        assert [
-            json.loads((out / f"0000{i}/metadata.jsonl").read_text()) for i in (0, 1)
-        ] == ENTRIES
-        names = [f"{i:05}/samples/{j:05}.png" for i in (0, 1) for j in range(4)]
-        assert files == [out / name for name in names]
-    elif tool == "geneval2":
-        paths = json.loads((out / "image_filepaths.json").read_text())
-        assert paths == {"a thing 1": str(files[0]), "a thing 3": str(files[1])}
-    else:
-        texts = [path.with_suffix(".txt").read_text() for path in files]
-        assert texts == ["a thing 1", "a thing 3"]
-    for path, image in zip(files, sampler_of(place)(rows), strict=True):
-        pixels = np.asarray(Image.open(path)).astype(int)
-        assert np.abs(pixels - image.permute(1, 2, 0).numpy()).max() <= 1
-    content = files[0].read_bytes()
-    files[0].unlink()  # as a killed export leaves it
-    assert ev.main(command) == 0 and files[0].read_bytes() == content
-    shutil.rmtree(out)
-    Path("prompts").write_text('{"text": 1}')
-    refused(*command, words=("prompts is not a prompt file", f"give {tool}'s"))
-    assert not out.exists()
-
-
 def test_self_check_says_what_it_could_not_run(tmp_path, monkeypatch, capsys):
     """Nothing can be had: every check names what is missing. A wrong number fails."""
     monkeypatch.chdir(tmp_path)
@@ -606,84 +367,6 @@ def test_self_check_says_what_it_could_not_run(tmp_path, monkeypatch, capsys):
     assert ev.main(["--self-check"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("not run: ") == 3 and "fid_inception.safetensors" in printed
-    monkeypatch.setattr(ev, "check_lite", lambda world: iter([("KD-lite", 9.0, 0.0, 0.5)]))
+    monkeypatch.setattr(selfcheck, "check_lite", lambda world: iter([("KD-lite", 9.0, 0.0, 0.5)]))
     assert ev.main(["--self-check"]) == 1
     assert "FAILED: KD-lite 9, 0.0 +- 0.5" in capsys.readouterr().out
-
-
-SCRIPT = """
-class Track:
-    name: str
-    seed: int
-TRACKS = [Track("a", 1), Track("b", 2)]
-def validation_draws(track, count):
-    return track.seed, count
-"""
-
-
-def test_contract_is_a_tracks_row_and_the_draws(place, monkeypatch):
-    """Whatever else is edited. A run says whether its contract is the published one."""
-    contract = read_contract(SCRIPT, "a")
-    other_track = SCRIPT.replace("2", "3")
-    rebound = SCRIPT + "TRACKS[0].seed = 9\nvalidation_draws = Track = None\nTrack(*TRACKS)\n"
-    for source in (other_track, rebound):
-        same = read_contract(source, "a")
-        assert same.sha256 == contract.sha256 and same.draws(same.track, 5) == (1, 5)
-    for old, new in (("1", "7"), ("track.seed", "7"), ("seed:", "key:")):
-        assert read_contract(SCRIPT.replace(old, new), "a").sha256 != contract.sha256
-    twice = SCRIPT.replace('"b"', '"a"')
-    for source in (twice, SCRIPT.replace("_draws", ""), SCRIPT.replace(", 1", ""), "def"):
-        with pytest.raises(UserError, match="start from train_speedrun.py"):
-            read_contract(source, "a")
-    verdict = ev.load_run(place).contract
-    assert verdict.startswith("edited: ")
-    monkeypatch.setitem(ev.CONTRACTS, "tiny", verdict.split()[1])
-    assert ev.load_run(place).contract == "as published"
-
-
-def append(text: str):
-    with open(SNAPSHOT, "a") as file:
-        file.write(text)
-
-
-def shorten(name: str):
-    tensors = load_file(name)
-    save_file({key: x[:30] for key, x in tensors.items()}, name)
-
-
-SNAPSHOT = "run/train_speedrun.py"
-LAST = "run/step_000020.safetensors"
-DAMAGES = {
-    "import": (lambda: append("import not_there"), "not import", "not_there"),
-    "names": (lambda: append("del sample"), "not import", "sample"),
-    "code": (lambda: append("# changed"), "other code", "train again"),
-    "cut": (lambda: os.truncate(LAST, 999), LAST, "RESUME=run"),
-    "checkpoints": (lambda: [os.remove(path) for path in Path("run").glob("*00*")], "RESUME=run"),
-    "captions": (lambda: os.remove("data/tiny/text.safetensors"), "data/download.py tiny"),
-    "shard": (lambda: os.truncate("data/tiny/val_000.safetensors", 900), "data/download.py tiny"),
-    "images": (lambda: shorten("data/tiny/val_000.safetensors"), "30 validation images, not 32"),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-def test_damaged_run_or_data_is_one_line(name, place, refused):
-    damage, *words = DAMAGES[name]
-    place.rename("run")
-    damage()
-    refused("run", "--images", "10", words=words)
-    assert not Path("run/results.json").exists()
-
-
-def test_unknown_requests_are_one_line(place, refused, capsys, monkeypatch):
-    refused("nowhere", words=("logs/<run_id>",))
-    refused(place, "--images", "3", words=("10 or more --images",))
-    refused(place, "--export", "geneval", words=("--prompts",))
-    refused(place, "--prompt", "a purple frog", words=("use a caption of the track's table",))
-    assert ev.main([str(place), "--prompt", "a thing 2"]) == 0
-    assert capsys.readouterr().out.split()[-1] == str(place / "prompt.png")
-    assert np.asarray(Image.open(place / "prompt.png")).shape[1] == 8 * 100
-    run = ev.load_run(place)
-    run.snapshot.CONFIGS["tiny"].sample_steps = 51
-    monkeypatch.setattr(ev, "load_run", lambda folder: run)
-    refused(place, words=("102.0 network evaluations", "allows 100"))
-    assert not (place / "results.json").exists()

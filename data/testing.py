@@ -9,6 +9,7 @@ import ast
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,10 +23,12 @@ if os.environ.get("SPEEDRUN_TEST_GPU") != "1":
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import train_speedrun as ts
-from data.common import import_snapshot, sha256_of
+from data import sandbox
+from data.common import import_snapshot, read_captions, sha256_of
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 600  # seconds that a process may take on the slowest machine: no test asserts a duration
@@ -206,14 +209,83 @@ def lite_weights(tmp_path_factory) -> Path:
     return folder
 
 
+class KeptChild(sandbox.Child):
+    """A child that is not closed after its evaluation: to start one takes seconds."""
+
+    kept = {}  # by the snapshot's text
+
+    def __new__(cls, source: bytes, *arguments):
+        return cls.kept.get(source) or super().__new__(cls)
+
+    def __init__(self, source: bytes, *arguments):
+        if source not in self.kept:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)  # the child takes as many; tiny tensors want no more
+            try:
+                super().__init__(source, *arguments)
+            finally:
+                torch.set_num_threads(threads)
+            self.kept[source] = self
+
+    def close(self):
+        if self.process.poll() is not None:
+            super().close()
+
+
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, lite_weights) -> Path:
+def one_child():
+    """All evaluations of one snapshot share a child, until the session's end."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(importlib.import_module("eval_speedrun"), "Child", KeptChild)
+        yield
+    for child in KeptChild.kept.values():
+        sandbox.Child.close(child)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, lite_weights, one_child) -> Path:
     """A finished run of the tiny track, refereed: its folder. Copy it before changing it."""
     evaluate = importlib.import_module("eval_speedrun").main
     with pytest.MonkeyPatch.context() as monkeypatch:
         run = train_here(racer(tmp_path_factory.mktemp("trained")), monkeypatch)
         assert evaluate([str(run), "--images", "20"]) == 0
     return run
+
+
+def copy_run(trained: Path, folder: Path) -> Path:
+    """A copy of the finished run, not yet refereed, with its data in `folder`: the run's folder."""
+    write_data(folder)
+    results = shutil.ignore_patterns("results.json", "*.png")
+    return shutil.copytree(trained, folder / "logs" / trained.name, ignore=results)
+
+
+def add_code(run: Path, code: str, val_loss: str = "", **tensors) -> Path:
+    """Gives the run another snapshot, by code that runs last at import, and other checkpoints."""
+    script = run / "train_speedrun.py"
+    start, end = script.read_text().split('\nif __name__ == "__main__":')
+    script.write_text(f'{start}\n{code}\n\nif __name__ == "__main__":{end}')
+    for path in run.glob("step_*.safetensors"):
+        with safe_open(path, "pt") as file:
+            meta = file.metadata() | {"code_sha256": sha256_of(script)}
+        meta["val_loss"] = val_loss or meta["val_loss"]
+        save_file(load_file(path) | tensors, path, meta)
+    return run
+
+
+def sampler_of(folder: Path, count: int = 0):
+    """The referee's sampler of a run's last checkpoint."""
+    referee = importlib.import_module("eval_speedrun")
+    device = torch.device("cpu")
+    run = referee.load_run(folder, device)
+    model = referee.Model(run, run.checkpoints[-1][0])
+    return referee.Sampler(run, model, read_captions("tiny"), device, count)
+
+
+@pytest.fixture
+def place(trained, tmp_path, monkeypatch) -> Path:
+    """A copy of the finished run; its data is in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    return copy_run(trained, tmp_path)
 
 
 @pytest.fixture

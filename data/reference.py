@@ -1,0 +1,81 @@
+"""What the networks of networks.py see in real images, once and for all.
+
+Not to be edited for a record.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data.common import UserError, World, key_of, read_split, sha256_of, write_atomic
+from data.metrics import features_of, summary
+from data.networks import digest, weights
+
+
+def real_images(track: SimpleNamespace, split: str = "train") -> tuple[Tensor, Tensor, str]:
+    """Images uint8 (N, 3, H, W), their labels (N,), the sha256 of their file. Raises UserError."""
+    if track.dtype == "uint8":
+        images, labels = read_split(track.name, split)
+        return images, labels, sha256_of(Path("data", track.name, "manifest.json"))
+    if track.name != "imagenet256":
+        raise UserError(f"no real images are known for {track.name}: name them in real_images")
+    path = weights("ADM reference")
+    images = torch.from_numpy(np.load(path)["arr_0"]).permute(0, 3, 1, 2)
+    return images, torch.zeros(len(images), dtype=torch.long), sha256_of(path)
+
+
+def reference(track: SimpleNamespace, name: str, network, world: World) -> tuple[dict, dict]:
+    """The real images' {name: features, name.mean, name.cov, label, ...}; how they were made.
+
+    They are cached in data/<track>/ under a name that says how. Raises UserError.
+    """
+    protocol = {"weights": digest(network.net)}
+    if not network.reference_rows:
+        return {}, protocol
+    images, labels, images_sha256 = real_images(track)
+    protocol["reference"] = images_sha256
+    protocol["reference_images"] = len(images)
+    folder = Path(__file__).resolve().parent
+    code = [sha256_of(folder / f"{name}.py") for name in ("networks", "metrics", "reference")]
+    key = key_of(protocol, *code)
+    path = Path("data", track.name, f"reference_{name}_{key}.safetensors")
+    if not path.is_file():
+        parts = path.with_suffix("")
+
+        def seen(images: Tensor, split: str) -> dict:
+            return features_of(
+                lambda start, stop: (images[start:stop], [0] * (stop - start)),
+                len(images),
+                {name: network},
+                parts / split,
+                world,
+                f"reference: {name}, {split} images, once",
+            )
+
+        features = seen(images, "train")
+        tensors = summary(features, network.reference_rows)
+        tensors["label"] = labels
+        if hasattr(network, "compare"):
+            tensors |= network.compare(features, seen(real_images(track, "val")[0], "val"))
+        if track.dtype != "uint8" and name == "inception":
+            tensors.update(adm_moments())
+        if world.rank == 0:
+            notes = {"protocol": json.dumps(protocol)}
+            write_atomic(path, lambda file: save_file(tensors, file, notes))
+            shutil.rmtree(parts)
+        world.wait()
+    return load_file(path, device=str(world.device)), protocol
+
+
+def adm_moments() -> dict:
+    """ADM's own moments of all of ImageNet's training images. Raises UserError."""
+    published = np.load(weights("ADM reference"))
+    names = {"pool.mean": "mu", "pool.cov": "sigma"}
+    names |= {"spatial.mean": "mu_s", "spatial.cov": "sigma_s"}
+    return {name: torch.from_numpy(published[key]) for name, key in names.items()}
