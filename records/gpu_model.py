@@ -106,6 +106,35 @@ def bytes_moved(operation, args: tuple, kwargs: dict, result) -> int:
     return written + sum(size_of(given[name]) for name in given if name != "out")
 
 
+def kernel_bytes(kernel) -> int:
+    """What a kernel of Inductor's reads and writes: each part of a buffer once, in bytes.
+
+    It stands for SIMDKernel.estimate_kernel_num_bytes, which counts several parts of a buffer, each
+    as large as the kernel's output, as more than the buffer.
+    """
+    from torch._inductor.dependencies import MemoryDep  # slow to import: only on the null device
+    from torch._inductor.virtualized import V
+
+    hint = V.graph.sizevars.optimization_hint
+    accesses = kernel.features.buf_accesses()
+    in_place = {id(buffer) for buffer in kernel.args.inplace_buffers.values()}
+    total = 0
+    for place, name in enumerate(kernel.args.python_argdefs()[1]):  # those in place come first
+        if name not in accesses:
+            continue
+        whole = hint(V.graph.get_numel(name))
+        parts = {}
+        for access in accesses[name]:
+            if isinstance(access, MemoryDep):
+                access = access.normalize()
+                parts[access.index, access.size] = hint(access.get_numel())
+            else:
+                parts["whole"] = whole
+        passes = 2 if place < len(in_place) else 1
+        total += passes * min(whole, sum(parts.values())) * V.graph.get_dtype(name).itemsize
+    return total
+
+
 # ---------------------------------------------------------------------------------------------
 # Seconds
 # ---------------------------------------------------------------------------------------------

@@ -113,7 +113,9 @@ def environment(library: Path, card: Card, processes: int) -> dict:
     found |= dict(TRITON_LIBCUDA_PATH=str(library.parent))
     found |= dict(TRITON_CACHE_DIR=str(library.with_name("triton")))
     found |= dict(TORCHINDUCTOR_CACHE_DIR=str(library.with_name("inductor")))
-    found |= dict(TORCHINDUCTOR_BENCHMARK_KERNEL="1")  # notes each kernel's bytes
+    found |= dict(TORCHINDUCTOR_BENCHMARK_KERNEL="1")  # notes each kernel's bytes ...
+    found |= dict(TORCHINDUCTOR_FX_GRAPH_CACHE="0")  # ... when a graph is compiled, so always
+    found |= dict(TORCHINDUCTOR_AUTOGRAD_CACHE="0")
     if processes > 1:
         found |= dict(RANK="0", WORLD_SIZE=str(processes), LOCAL_RANK="0")
         found |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # nobody listens there

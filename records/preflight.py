@@ -44,6 +44,7 @@ from records.gpu_model import (  # noqa: E402
     Card,
     Cost,
     exchange_seconds,
+    kernel_bytes,
     operation_cost,
     size_of,
 )
@@ -168,8 +169,10 @@ class Rehearsal(TorchDispatchMode):
 
 def watch_triton(rehearsal: Rehearsal):
     """Each launch of a kernel that Inductor made is noted, with the bytes that it says it moves."""
+    from torch._inductor.codegen.simd import SIMDKernel
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
+    SIMDKernel.estimate_kernel_num_bytes = kernel_bytes
     launch = CachingAutotuner.run
 
     def run(kernel, *args, **kwargs):

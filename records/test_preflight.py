@@ -14,8 +14,10 @@ from data.testing import CONFIG, TRACK, racer, refuses
 from records import gpu_model, null_device, preflight
 
 SMALL = replace(CONFIG, depth=2, compile=True, bf16=True, muon_lr=0)
-# After the step's parts: one matrix product more, whose sum the host waits for and copies back
+# After the step's parts: one matrix product more, whose sum the host waits for and copies back.
+# No warm-up: the first step compiles, and only what training needs.
 EXTRA = """
+warm_up = lambda *_: None
 plain_train_step = train_step
 
 
@@ -52,7 +54,7 @@ def of_part(rehearsed, part: str) -> list:
 def test_a_compiled_step_is_counted_on_a_device_that_is_not_there(rehearsed):
     """Its kernels are Triton's, its forward multiplies what it does on a CPU, it never waits."""
     found = rehearsed[1][0]
-    assert (found["graphs"], found["breaks"], found["recompiles"]) == (2, 0, 0)
+    assert (found["graphs"], found["breaks"], found["recompiles"]) == (1, 0, 0)
     for part in ("forward", "backward"):
         entries = of_part(rehearsed, part)
         assert preflight.launches(entries, "triton") > 5 < preflight.launches(entries, "cublas")
