@@ -14,7 +14,8 @@ launch, copy and wait of the host, and what the operations behind them read, wri
 
 What is counted is what a GPU would be given. Milliseconds, images/s and MFU are a model of it, no
 measurement: gpu_model.py has what is assumed, and it is printed with them. Numbers in the tensors
-mean nothing. cuDNN cannot be rehearsed: flash attention takes the place of cuDNN's.
+mean nothing. cuDNN cannot be rehearsed: flash attention takes the place of cuDNN's. Of a product
+that is written in Triton the bytes are counted, not the FLOPs.
 
 Of a script it knows what compare.py knows, with the annotation record_function("step").
 """
@@ -92,11 +93,11 @@ class Rehearsal(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        self.note("(no operation)", Cost)  # what was launched since the last one
         if operation is torch.ops.profiler._record_function_enter_new.default:
             self.enter(args[0])
         elif operation is torch.ops.profiler._record_function_exit._RecordFunction:
             self.leave()
-        self.note("(no operation)", lambda: Cost())  # what was launched since the last one
         result = operation(*args, **kwargs)
         if operation.namespace == "c10d":
             self.exchange(operation, args, result)
@@ -124,7 +125,6 @@ class Rehearsal(TorchDispatchMode):
 
     def leave(self):
         if self.is_watching() and self.open[-1] == "step":
-            self.note("(no operation)", lambda: Cost())
             self.device.null_log(0)
             self.peak_memory = torch.cuda.max_memory_allocated()
             raise Finished
@@ -148,7 +148,8 @@ class Rehearsal(TorchDispatchMode):
         self.add(name, seconds, kinds=kinds, bytes=moved, flops=flops, **counts)
 
     def add(self, name: str, seconds: float, **counts):
-        part = self.open[1] if len(self.open) > 1 else "rest"
+        inside = self.open[self.open.index("step") + 1 :]
+        part = inside[0] if inside else "rest"
         self.seconds += seconds
         self.entries.append(dict(part=part, name=name, seconds=seconds) | counts)
 
