@@ -9,10 +9,10 @@
     python eval_speedrun.py --self-check        the metrics against published values
 
 What a run may decide is in its snapshot: `load_checkpoint`, `velocity`, `sample`. It runs in a
-process of its own, without the data in reach, and gives tensors. Everything else a number depends on
-is made here: captions (balanced over the labels), noise (seeded by the image's index), the validation
-draws (the contract's, and others that nobody knows before), the limits of evaluations and time, the
-metrics. Not to be edited for a record.
+process of its own, without the data in reach, and gives tensors. Everything else a number depends
+on is made here: captions (balanced over the labels), noise (seeded by the image's index), the
+validation draws (the contract's, and others that nobody knows before), the limits of evaluations
+and time, the metrics. Not to be edited for a record.
 """
 
 import argparse

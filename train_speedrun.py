@@ -335,7 +335,7 @@ class Transformer(nn.Module):
         return self.text_mean.expand(count, -1)
 
     def condition(self, t: Tensor, text: Tensor) -> tuple:
-        """The 6 depth + 2 shifts, scales and gates of all blocks and of the head, (B, 1, D) each."""
+        """The 6 depth + 2 shifts, scales and gates of all blocks and the head, (B, 1, D) each."""
         frequencies = torch.exp(-math.log(10_000) * torch.arange(128, device=t.device) / 128)
         angles = 1000 * t[:, None] * frequencies  # (B, 128)
         waves = torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -357,7 +357,7 @@ class Transformer(nn.Module):
     def block(self, x: Tensor, weights, modulation, value_mix, first_values, rope) -> tuple:
         """Attention and MLP, both behind adaLN-zero: tokens (B, n, D) -> the same.
 
-        Also returns the values (B, n, heads, head_dim) of the first block, which has none to mix in.
+        Also returns the values (B, n, heads, head_dim) of the first block, which mixes none in.
         """
         qkv, proj, up, down = weights
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation  # (B, 1, D) each

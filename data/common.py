@@ -226,7 +226,7 @@ class Captions:
     pooled: torch.Tensor  # (captions, D): their CLIP embeddings, as CLIP gives them
 
     def balanced(self, count: int) -> list[int]:
-        """Caption rows of images 0 .. count - 1: labels in turn, and each label's captions in turn."""
+        """Caption rows of images 0 .. count - 1: labels in turn, each label's captions in turn."""
         rows_of = [[] for _ in range(max(self.labels) + 1)]
         for row, label in enumerate(self.labels):
             rows_of[label].append(row)

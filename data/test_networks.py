@@ -92,7 +92,7 @@ def test_kernel_distance_is_unbiased():
 
 
 def test_scores_count_what_they_say():
-    """Classes, points in a ball, votes of the nearer ones: also where float32 sees no difference."""
+    """Classes, points in a ball, votes of the nearer: also where float32 sees no difference."""
     logits = 1000 * torch.eye(7).repeat_interleave(30, 0)  # chunks of 3, 3 and 1 classes
     assert metrics.inception_score(logits, 90) == pytest.approx(7 / 3, abs=1e-9)
     line = torch.tensor([[0.0, 0], [1, 0], [2, 0], [3, 0]])  # the third neighbour of 0 is 3

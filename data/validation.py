@@ -1,7 +1,7 @@
 """The validation loss, on the contract's noise and times and on others that nobody can know.
 
-The contract's are public: a velocity network could look a time up, subtract its noise and return the
-image. On draws from the system's randomness that is no help. Not to be edited for a record.
+The contract's are public: a velocity network could look a time up, subtract its noise and return
+the image. On draws from the system's randomness that is no help. Not to be edited for a record.
 """
 
 import math

@@ -64,7 +64,7 @@ NETWORK_OF = {metric: name for name, network in NETWORKS.items() for metric in n
 
 
 def load(path) -> Record:
-    """A record's folder, an example's, or a log. Raises UserError, as for a track without a target."""
+    """A record's folder, an example's, or a log. Raises UserError: also without a target."""
     record = load_series(path)
     if record.track not in TARGET and record.title != "a log":
         names = ", ".join(TARGET)
@@ -73,7 +73,7 @@ def load(path) -> Record:
 
 
 def load_predecessor(record: Record, against: Path | None = None) -> Record | None:
-    """The record of the folder `against`, else of the one that README.md names. Raises UserError."""
+    """The record of `against`, else of the folder that README.md names. Raises UserError."""
     named = re.search(r"^Predecessor:(.*)$", record.readme, re.M)
     if named and not against:
         name = named[1].strip(" `\r")
@@ -223,7 +223,7 @@ def check_logs(logs, series: bool = True) -> list:
 
 
 def check_values(results: dict) -> tuple:
-    """Nothing in a referee's file that no referee writes. Fields that are not known may be there."""
+    """Nothing in a referee's file that no referee writes. Unknown fields may be there."""
     faults = []
     if not results["nfe"] >= 1:
         faults.append(f"nfe {results['nfe']}")

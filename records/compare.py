@@ -58,7 +58,7 @@ def first_counted(steps: int) -> int:
 
 
 def write_noise(track, folder: Path, count: int = 2048):
-    """A track's data as noise: shards of its shapes, with DINOv2's features, and a caption table."""
+    """A track's data as noise: shards of its shapes, DINOv2's features, and a caption table."""
     torch.manual_seed(0)
     folder.mkdir()
     files = {}
@@ -81,7 +81,7 @@ def write_noise(track, folder: Path, count: int = 2048):
 
 
 def place_data(track, data: str):
-    """The track's data in the current folder, once: its own in the folder `data` by a link, or noise.
+    """The track's data in the current folder, once: its own by a link to `data`, or noise.
 
     data: "" for noise, which is also made where that folder has no such track.
     """
@@ -147,7 +147,7 @@ class ModelFlops(TorchDispatchMode):
 
 
 def count_flops(path: str, config: str, changes: dict, steps: int, data: str) -> int:
-    """Prints the track, and FLOPs of forward and backward of an image, 0 where none are annotated."""
+    """Prints the track, and FLOPs of forward and backward of an image: 0 without annotations."""
     torch.compiler.set_stance("force_eager")  # so that each operation passes the dispatch mode
     module = load_script(path, config, changes | {"batch_size": FLOPS_BATCH}, FLOPS_STEPS, data)
     with ModelFlops() as counter:
@@ -192,7 +192,7 @@ def parse_changes(pairs: list) -> dict:
 
 
 class Side:
-    """One of the two: its script, the changes of its config, what was measured. Raises UserError."""
+    """One of the two: script, changes of its config, what was measured. Raises UserError."""
 
     def __init__(self, argument: str, options: argparse.Namespace):
         path, _, changes = argument.partition(":")
@@ -225,7 +225,7 @@ class Side:
         return done.stdout
 
     def value(self, key: str, output: str):
-        """The JSON that a run printed after `key: `. Raises UserError where it ended before that."""
+        """The JSON that a run printed after `key: `. Raises UserError where there is none."""
         found = re.findall(rf"^{key}: (.*)", output, re.M)
         try:
             return json.loads(found[-1])  # the log's last block may have such a key, too

@@ -109,7 +109,7 @@ class Rehearsal(TorchDispatchMode):
         return result
 
     def answer(self, operation, args: tuple, kwargs: dict, result):
-        """Small yes-or-no results are computed, on the host: a script may check its losses, zeros."""
+        """Small yes-or-no results are computed, on the host: a script may check its losses."""
         is_question = isinstance(result, torch.Tensor) and result.dtype == torch.bool
         if is_question and result.is_cuda and result.numel() < 2**16 and not self.is_watching():
             on_host = tree_map_only(torch.Tensor, torch.Tensor.cpu, (args, kwargs))

@@ -71,7 +71,7 @@ class Record:
 
 
 def read(path) -> bytes:
-    """A plain file's content. Raises UserError, as for a fifo, a folder, or more than READ_BYTES."""
+    """A plain file's content. Raises UserError for a fifo, a folder, or more than READ_BYTES."""
     try:
         if Path(path).exists() and not Path(path).is_file():
             raise UserError(f"{path} is no plain file: give a record's whole folder, or a log")

@@ -158,7 +158,7 @@ def check_hyperparameters(logs: list) -> tuple:
 
 
 def reaching_lines(source: bytes, before: bytes) -> list[str]:
-    """Lines with open, a word of WORDS or "__" that the predecessor's snapshot lacks: "line 7: ...".
+    """Lines with open, a word of WORDS or "__" that the predecessor lacks: "line 7: ...".
 
     Names are compared as Python reads them, which takes a full-width letter for a plain one.
     """
