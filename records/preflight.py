@@ -109,7 +109,7 @@ class Rehearsal(TorchDispatchMode):
         return result
 
     def answer(self, operation, args: tuple, kwargs: dict, result):
-        """Small yes-or-no results are computed, on the host: a script may check its losses."""
+        """Computes small yes-or-no results on the host: a script may check its losses."""
         is_question = isinstance(result, torch.Tensor) and result.dtype == torch.bool
         if is_question and result.is_cuda and result.numel() < 2**16 and not self.is_watching():
             on_host = tree_map_only(torch.Tensor, torch.Tensor.cpu, (args, kwargs))
@@ -277,12 +277,13 @@ def summary(found: dict, card: Card) -> dict:
     host = card.launch * launches(entries)
     step = max(total(entries, "seconds"), host)
     model = [entry for entry in entries if entry["part"] in ("forward", "backward")]
+    mfu = f"{total(model, 'flops') / step / card.bf16:.1%}" if model else "-"  # not annotated
     kinds = ", ".join(f"{launches(entries, kind)} {kind}" for kind in ("triton", "cublas", "other"))
     compiled = {identity(entry) for entry in entries if "triton" in entry.get("kinds", ())}
     return {
         "ms of a step, modelled": f"{1000 * step:.1f}",
         "images/s of all processes, modelled": f"{found['images'] / step:,.0f}",
-        "MFU of forward and backward, modelled": f"{total(model, 'flops') / step / card.bf16:.1%}",
+        "MFU of forward and backward, modelled": mfu,
         "ms of the host's launches, modelled": f"{1000 * host:.1f}",
         "launches": f"{launches(entries)}: {kinds}",
         "different Triton kernels": str(len(compiled)),

@@ -115,7 +115,9 @@ def test_the_model_is_arithmetic():
     assert cells["images/s of all processes, modelled"] == "2,000"
     assert cells["MFU of forward and backward, modelled"] == "25.0%"
     assert cells["launches"] == "2: 0 triton, 2 cublas, 0 other"
-    cells = preflight.summary(found | dict(entries=[entry | dict(seconds=0.0)]), card)
+    entry |= dict(part="rest", seconds=0.0)
+    cells = preflight.summary(found | dict(entries=[entry]), card)
+    assert cells["MFU of forward and backward, modelled"] == "-"
     assert cells["ms of a step, modelled"] == "1.0"  # the host is the limit
 
 
