@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_map_only
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data.common import UserError  # noqa: E402
-from records.compare import Side, load_script, place_data  # noqa: E402
+from records.compare import Side, load_script  # noqa: E402
 from records.gpu_model import (  # noqa: E402
     CARDS,
     Card,
@@ -210,7 +210,7 @@ def play_one_rank(rehearsal: Rehearsal):
 def rehearse(path: str, config: str, changes: dict, card: Card, processes: int) -> int:
     """Trains three steps in the current folder and prints what the last one was, as JSON."""
     torch.backends.cuda.enable_cudnn_sdp(False)
-    module = load_script(path, config, changes, WATCHED + 1)
+    module = load_script(path, config, changes, WATCHED + 1, data="")
     rehearsal = Rehearsal(card, processes)
     watch_triton(rehearsal)
     if processes > 1:
@@ -231,7 +231,7 @@ def rehearse(path: str, config: str, changes: dict, card: Card, processes: int) 
 
 
 def measure(side: Side, options: argparse.Namespace, library: Path, folder: Path) -> dict:
-    """What `rehearse` found of this script, with the data in `folder`. Raises UserError."""
+    """What `rehearse` found of this script, trained on noise in `folder`. Raises UserError."""
     command = [sys.executable, __file__, "--child", side.path.resolve(), options.config]
     command += [repr(side.changes), options.card, options.processes]
     done = subprocess.run(
@@ -385,7 +385,6 @@ def main(arguments: list) -> int:
         sides = [Side(options.script, options)]
         sides += [Side(options.against, options)] if options.against else []
         with tempfile.TemporaryDirectory() as temporary:
-            place_data(sides[0].track, Path(temporary), noise=True)
             results = [measure(side, options, library, Path(temporary)) for side in sides]
         print(report(sides, results, options))
     except (UserError, OSError) as error:

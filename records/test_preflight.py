@@ -40,7 +40,6 @@ def rehearsed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rehearsed")
     options = argparse.Namespace(config="tiny", set=[], card="H200", processes=2, kernels=True)
     side = preflight.Side(str(racer(folder / "racer", SMALL, EXTRA)), options)
-    preflight.place_data(TRACK, folder, noise=True)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         found = preflight.measure(side, options, null_device.build_library(), folder)

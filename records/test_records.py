@@ -89,6 +89,7 @@ def write_results(run: Path, real: Path):
     log = series.parse_log(run / "log.txt")
     results |= {key: log[key] for key in ("run_id", "seed", "images", "code_sha256")}
     results |= dict(val_loss=log["val_loss"] * 1.0001, gflops=1.5)
+    del results["val_loss_fresh"]  # of the real run
     results["rules"]["contract"] = "as published"
     results["what a later referee writes"] = {"any": ["thing"]}
     (run / "results.json").write_text(json.dumps(results))
@@ -449,7 +450,7 @@ def test_a_contract_for_show_is_refused_and_no_snapshot_is_run(project, monkeypa
     cases = [(in_a_string, "2026-11-20", "the first, of 2026-11-20, in a string")]
     cases += [(first, "2026-11-21", "one Track('cifar10', ...)")]
     for head in (b'count: int = open("ran", "w")', b'count: open("ran", "w")'):
-        attack = source.replace(b"count: int", head)
+        attack = source.replace(b"Track, count: int", b"Track, " + head)
         cases += [(attack, "2026-12-01", "validation_draws runs code where it is defined")]
     monkeypatch.chdir(project)
     for snapshot, date, line in cases:
@@ -662,12 +663,13 @@ def test_the_report_is_arithmetic_of_what_was_measured(monkeypatch):
         patch.setattr(compare.torch, "randn", lambda *sizes, device: torch.zeros(2, 2))
         assert compare.matmul_rate(torch.bfloat16) == 2 * 4096**3
     monkeypatch.setattr(compare, "matmul_rate", lambda dtype: 1e12)
+    monkeypatch.setattr(compare, "machine", lambda device: "the CPU")
     text = compare.report([argparse.Namespace(**both, **side) for side in (a, b)], options)
     row_a = "| A: a | 150.00 (100.00 - 200.00) | 6.667 | 106.7 | 1 | 8 | 5.3% | 7 |\n"
     assert row_a + "| B: b | 50.00 (50.00 - 50.00) | 20.000 | 160.0 | - | - | - | 8 |\n" in text
     assert "B trains 1.500 times as many images a second as A (rounds: 1.000 - 2.000)" in text
     assert "| A | 1.00 | 0.50 | 1.50 |\n| B | - | - | - |\n" in text
-    assert "2 x CPU" in text and "scripts: 0 lines only in B, 0 only in A" in text
+    assert text.startswith("2 x the CPU, ") and "scripts: 0 lines only in B, 0 only in A" in text
 
 
 BAD_ARGUMENTS = {
