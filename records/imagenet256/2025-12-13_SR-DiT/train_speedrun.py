@@ -226,17 +226,22 @@ def rope_table(rows: int, cols: int, head_dim: int, extra: int) -> tuple[Tensor,
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(B, N, heads, head_dim), turned by position."""
+    """(..., head_dim), turned by position."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention, (B, N, heads, head_dim) each -> the same."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, N, head_dim): the kernel's order
-    if q.device.type == "cpu":  # written out it is faster there, at 64 tokens
+def attend(q: Tensor, k: Tensor, v: Tensor, rope: tuple) -> Tensor:
+    """QK-norm, turn by position, softmax attention: (B, N, heads, head_dim) each -> the same."""
+    on_cpu = q.device.type == "cpu"
+    if on_cpu:  # heads first from here on, so that the compiler reads k's gradient in tiles
+        q, k, v, *rope = (x.transpose(-3, -2) for x in (q, k, v, *rope))
+    q = rotate(rms_norm(q), *rope).to(v.dtype)
+    k = rotate(rms_norm(k), *rope).to(v.dtype)
+    if on_cpu:  # written out it is faster there, at 64 tokens
         h = (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
     else:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # the kernel's order
         h = F.scaled_dot_product_attention(q, k, v)
     return h.transpose(1, 2)
 
@@ -368,9 +373,7 @@ class Transformer(nn.Module):
             first_values = v
         else:  # value residual, arXiv 2410.17897
             v = torch.lerp(v, first_values, value_mix.to(v.dtype))
-        q = rotate(rms_norm(q), *rope).to(v.dtype)  # QK-norm
-        k = rotate(rms_norm(k), *rope).to(v.dtype)
-        x = x + gate1 * F.linear(attend(q, k, v).flatten(2), proj)
+        x = x + gate1 * F.linear(attend(q, k, v, rope).flatten(2), proj)
         h = F.linear(rms_norm(x) * (1 + scale2) + shift2, up)
         h = F.gelu(h, approximate="tanh")
         return x + gate2 * F.linear(h, down), first_values
