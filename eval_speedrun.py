@@ -23,7 +23,6 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,9 +104,6 @@ class Run:
     checkpoints: list[tuple[Path, dict]]  # (path, metadata), by step
     track: SimpleNamespace  # from the contract's text, not from the rest of the snapshot
     contract: str  # "as published" or "edited: <sha256>"
-
-    def close(self):
-        self.child.close()
 
 
 def load_run(folder: Path, device: torch.device) -> Run:
@@ -506,7 +502,7 @@ def evaluate(folder: Path, world: World, count: int = 0, asked: Sequence[str] = 
     evaluation = Evaluation(folder, world, count, asked)
     run = evaluation.run
     panel = evaluation.panel
-    with closing(run):
+    with run.child:
         ceiling = evaluation.ceiling()
         points = [evaluation.point(*checkpoint) for checkpoint in run.checkpoints]
         budget = evaluation.budget()
@@ -563,7 +559,8 @@ def any_captions(run: Run, wanted: list[str]) -> Captions:
 def draw_prompt(folder: Path, prompt: str, world: World) -> Path:
     """Eight samples of one caption by the run's last checkpoint -> prompt.png. Raises UserError."""
     path = Path(folder, "prompt.png")
-    with closing(load_run(folder, world.device)) as run:
+    run = load_run(folder, world.device)
+    with run.child:
         captions = any_captions(run, [prompt])
         model = Model(run, run.checkpoints[-1][0])
         images = Sampler(run, model, captions, world.device)([0] * 8)
@@ -620,7 +617,8 @@ def export(folder: Path, tool: str, prompts: Path, world: World) -> Path:
         texts[out / "image_filepaths.json"] = json.dumps(file_of_prompt)
     for path, text in texts.items():
         write_atomic(path, lambda file, text=text: file.write_text(text))
-    with closing(load_run(folder, world.device)) as run:
+    run = load_run(folder, world.device)
+    with run.child:
         captions = any_captions(run, wanted)
         model = Model(run, run.checkpoints[-1][0])
         sampler = Sampler(run, model, captions, world.device, len(files))

@@ -469,12 +469,12 @@ SHARD = DATA / "train_001.safetensors"
 MANIFEST = DATA / "manifest.json"
 
 
-def rewrite(track: str = "tiny", **changes):
-    """The second shard with other content, or without what is None, as a whole file."""
-    tensors = load_file(SHARD) | changes
-    save_file({name: x for name, x in tensors.items() if x is not None}, SHARD, dict(track=track))
+def rewrite(track: str = "tiny", path: Path = SHARD, **changes):
+    """A shard with other content, or without what is None, as a whole file with its hash."""
+    tensors = load_file(path) | changes
+    save_file({name: x for name, x in tensors.items() if x is not None}, path, dict(track=track))
     manifest = json.loads(MANIFEST.read_text())
-    manifest["files"][SHARD.name]["sha256"] = sha256_of(SHARD)
+    manifest["files"][path.name]["sha256"] = sha256_of(path)
     MANIFEST.write_text(json.dumps(manifest))
 
 
@@ -542,13 +542,9 @@ def test_other_data_than_the_tracks_is_refused(tiny, monkeypatch, refused):
     monkeypatch.delitem(ts.MANIFESTS, "tiny")
     monkeypatch.setitem(ts.TRACKS, "tiny", replace(TRACK, dtype="float32"))
     for path in DATA.glob("*_00?.safetensors"):  # the validation shard is the last one
-        shard = load_file(path)
-        latents = shard["latents"].float()
+        latents = load_file(path)["latents"].float()
         latents[-1, 0, 0, 0] = float("nan" if path.name.startswith("val") else 0)
-        save_file(dict(shard, latents=latents), path, dict(track="tiny"))
-        manifest = json.loads(MANIFEST.read_text())
-        manifest["files"][path.name]["sha256"] = sha256_of(path)
-        MANIFEST.write_text(json.dumps(manifest))
+        rewrite(path=path, latents=latents)
     refused(ts.main, "val_000.safetensors has latents that are not finite")
 
 

@@ -177,6 +177,7 @@ def test_paired_and_target_tests_by_hand():
 
 
 # Files of the record | the checks that fail, or the line of exit code 2 | edits, one at a time
+# A long row goes on after a backslash
 EDITS = r"""
 log_seed3.txt | source: | ^code_sha256: .* > code_sha256: x
 log_seed?.txt | final step: | ^resumed: 0 > resumed: 1; ^(graphs.*: )0 > \g<1>1
@@ -184,18 +185,23 @@ log_seed?.txt | final step: | (96 training images)$ > \1 (a part: a trial, no re
 log_seed3.txt | final step: | ^resumed: 0 > resumed: 1
 log_seed3.txt | final step: & step lines: log_seed3.txt contradicts | ^steps: 20 > steps: 21
 log_seed3.txt | the same config: & hyperparameters: width 33, in the | "width": 32 > "width": 33
-log_seed?.txt | hyperparameters: ema_decay 0.9, in the snapshot | "ema_decay": 0.999 > "ema_decay": 0.9
-log_seed3.txt | the same & names: & hyperparameters: & paired source: the r | ^config: tiny > config: b
+log_seed?.txt | hyperparameters: ema_decay 0.9, in the snapshot | \
+    "ema_decay": 0.999 > "ema_decay": 0.9
+log_seed3.txt | the same & names: & hyperparameters: & paired source: the r | \
+    ^config: tiny > config: b
 log_seed3.txt | world_size | ^world_size: 1 > world_size: 2; ^(param.*) > \g<1>1; H200 > H100
 log_seed3.txt | world_size | ^data_sha256: > data_sha256: d
 log_seed3.txt | seeds | gone >
 log_seed3.txt | seeds & names: log | ^seed: 3 > seed: 2; ^seed: 3 > seed: 4; ^(run_id.*)3$ > \g<1>2
-log_seed3.txt | names: log_seed3.txt is of Better_tiny_seed3 | : seed 3, > : seed 2,; ^logs/.*: > logs/x:
+log_seed3.txt | names: log_seed3.txt is of Better_tiny_seed3 | \
+    : seed 3, > : seed 2,; ^logs/.*: > logs/x:
 log_seed3.txt | names: log_seed3.txt is of Better_tiny_seed4 | Better_tiny_seed3 > Better_tiny_seed4
 log_seed?.txt | runs: log_seed0.txt and log_seed1.txt, log | (val_loss: ?)0\.\d* > \g<1>0.18905
-log_seed?.txt | step lines: log_seed0.txt contradicts itself in train | ^train_time_s: 100 > train_time_s: 90
+log_seed?.txt | step lines: log_seed0.txt contradicts itself in train | \
+    ^train_time_s: 100 > train_time_s: 90
 log_seed?.txt | step lines: log_seed0.txt contradicts itself in clock | time:50000ms > time:500000ms
-log_seed3.txt | step lines: log_seed3.txt contradicts itself in images | images:160 > images:16; :160 > :170
+log_seed3.txt | step lines: log_seed3.txt contradicts itself in images | \
+    images:160 > images:16; :160 > :170
 log_seed3.txt | step lines: log_seed3.txt contradicts itself in images, order | ^step:10/ > step:21/
 log_seed3.txt | results.json: 101 network | ^sampling_nfe: .* > sampling_nfe: 101
 log_seed3.txt | folder: | ^track: tiny > track: imagenet256
@@ -205,7 +211,8 @@ log_seed3.txt | 2 whole log (its last | ^(val_loss: 0.1).* > \g<1>; ^val_loss.* 
 log_seed?.txt | 2 log.txt is missing | gone >
 log_seed?.txt | 2 of the track 'mnist' | ^track: tiny > track: mnist
 samples.png | samples.png: | gone >
-train_speedrun.py | snapshot: & contract: its title & results.json: code | ^import re > # Contract: x\nimport re
+train_speedrun.py | snapshot: & contract: its title & results.json: code | \
+    ^import re > # Contract: x\nimport re
 train_speedrun.py | snapshot: & results.json: code_sha256 | ^import torch$ > import  torch
 train_speedrun.py | snapshot: & contract: edited: & results.json: code | randperm > rand_perm
 train_speedrun.py | snapshot: & contract: edited: & results.json: code | \(3, 8, 8\) > (3, 8, 9)
@@ -228,12 +235,14 @@ results.json | results.json: None GFLOP | "gflops": 1.5 > "gflops": null
 results.json | results.json: values: gflops -1 | "gflops": 1.5 > "gflops": -1
 results.json | results.json: values: nfe 0.5 | "nfe": [\d.]* > "nfe": 0.5
 results.json | results.json: values: KD-lite-20 -5 | ("KD-lite-20": )[^,}]* > \g<1>-5
-results.json | results.json: values: prompt-accuracy-lite-20 1.5 | (racy-lite-20": )[^,}]* > \g<1>1.5
+results.json | results.json: values: prompt-accuracy-lite-20 1.5 | \
+    (racy-lite-20": )[^,}]* > \g<1>1.5
 results.json | results.json: values: FID-20 without inception | "FID-20": null > "FID-20": 1.0
 results.json | results.json: values: protocol of lite without | "weights": "[^"]* > "weights": "
 results.json | results.json: values: val_loss 0.189 | \A\{ > {"val_loss_fresh": 0.21,
 results.json | 2 damaged results | \A[^\0]* > [; \A[^\0]* > []; "nfe": [\d.]* > "nfe": "many"
-results.json | 2 damaged results | "KD-lite-20": > "KD-lite-20": "", "x":; "metrics": \{ > "metrics": 5, "x": {
+results.json | 2 damaged results | \
+    "KD-lite-20": > "KD-lite-20": "", "x":; "metrics": \{ > "metrics": 5, "x": {
 results.json | 2 results.json is missing | gone >
 README.md | README.md: Predecessor: 2026-11-01_First, and a section | ## Paired > Paired
 README.md | 2 README.md is missing | gone >
@@ -244,8 +253,10 @@ paired/log_seed?.txt | paired test: 4 | \b0.18...\b > 0.19500; \b0.18...\b > 0.3
 paired/log_seed?.txt | paired step lines: & paired images | ^(images: |.*images:)400 > \g<1>401
 paired/log_seed?.txt | paired images | gone >
 paired/log_seed?.txt | paired images | ^data_sha256: > data_sha256: d
-paired/log_seed?.txt | paired source: code & paired hyperp & paired source: the | sample_steps=10 > sample_steps=11
-paired/log_seed?.txt | paired names: & paired hyperp & paired source: the r | ^config: tiny > config: b
+paired/log_seed?.txt | paired source: code & paired hyperp & paired source: the | \
+    sample_steps=10 > sample_steps=11
+paired/log_seed?.txt | paired names: & paired hyperp & paired source: the r | \
+    ^config: tiny > config: b
 paired/log_seed?.txt | paired final step: | ^resumed: 0 > resumed: 1
 paired/log_seed2.txt | paired seeds & paired test: 3 seeds | gone >
 ../2026-11-01_First/log_seed3.txt | paired test: 3 seeds | gone >
@@ -254,7 +265,7 @@ paired/log_seed2.txt | paired seeds & paired test: 3 seeds | gone >
 
 def cases() -> list:
     rows = []
-    for line in EDITS.strip().splitlines():
+    for line in EDITS.replace("\\\n    ", "").strip().splitlines():
         files, wanted, edits = line.split(" | ")
         for change in edits.split("; "):
             rows.append((files, wanted, *change.split(" >")))

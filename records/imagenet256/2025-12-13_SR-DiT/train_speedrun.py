@@ -10,8 +10,8 @@ referee imports: CONFIGS, load_checkpoint(path, device), velocity(model, x, t, t
 sample(model, noise, text, fresh). All of it may change but the contract.
 
 The clock runs from the fetch of the first batch to the last step, with everything that is derived
-from the data and every log line. It stands still during process start, compilation and warm-up on
-noise, validation and checkpoint writes.
+from the data and every log line. It stands still during process start with its one check of all
+shards, compilation and warm-up on zeros, validation and checkpoint writes.
 
 Sizes in comments: B images, C x H x W latents, N tokens, K of them kept by routing, D the width,
 M values of an image (and, with REG, of its class token).
@@ -1290,7 +1290,7 @@ class Run:
         source = Path(__file__).read_text()
         code = hashlib.sha256(source.encode()).hexdigest()
         self.meta = dict(config=name, seed=seed, step=0, images=0, seconds=0.0, code_sha256=code)
-        self.folder = resume
+        self.folder = world.folder = resume
         self.log_file = open(os.devnull, "w")  # noqa: SIM115
         if resume:
             if world.rank == 0:
@@ -1306,12 +1306,6 @@ class Run:
         torch.set_float32_matmul_precision("high")
         self.state = State(self.cfg, self.meta["seed"], world)
         self.clock = Clock(world, self.meta["seconds"])
-        if not resume:
-            self.folder = Path("logs", f"{datetime.now():%Y%m%d-%H%M%S}_{name}_seed{seed}")
-            if world.rank == 0:  # the others write nothing
-                self.folder = make_folder(self.folder, source)
-                self.log_file = open_log(self.folder)
-        world.folder = self.folder
         if resume:
             try:
                 self.state.load_state_dict(saved)
@@ -1321,7 +1315,12 @@ class Run:
                 )
             self.log(f"\nresumed from step {self.meta['step']} at {self.clock.seconds:.3f}s")
         else:
+            self.folder = Path("logs", f"{datetime.now():%Y%m%d-%H%M%S}_{name}_seed{seed}")
+            if world.rank == 0:  # the others write nothing
+                self.folder = make_folder(self.folder, source)
+                self.log_file = open_log(self.folder)
             save_state(self.folder, self.state, self.meta)  # a full disk shows now
+            world.folder = self.folder
         trial = " (a part: a trial, no record)" if self.data.is_trial else ""
         self.log(
             f"{self.folder}: seed {self.meta['seed']}, {self.parameters() / 1e6:.2f}M parameters, "
