@@ -3,6 +3,7 @@
     python eval_speedrun.py logs/<run_id>       results.json, samples.png, curve.png in that folder
       --images 10000                            samples to score: their count is in a metric's name
       --metrics FID KD-lite                     these, and the others of the same networks
+  --last                                    only the last checkpoint: no curve
       --prompt "a frog"                         only samples of one caption: prompt.png
       --export geneval --prompts FILE           only images for an official tool: see export
     torchrun --nproc_per_node=8 eval_speedrun.py logs/<run_id>      the same numbers on 8 GPUs
@@ -50,7 +51,7 @@ from data.encoders import load_autoencoder
 from data.metrics import BATCH, features_of, named
 from data.networks import NETWORKS, clip_text
 from data.pictures import draw_curve, draw_grid, to_picture
-from data.reference import real_images, reference
+from data.reference import reference
 from data.sandbox import Child
 from data.selfcheck import self_check
 from data.validation import DRAWS_SEED, refuse_looked_up, validate
@@ -70,9 +71,9 @@ ROUNDS = 10  # evaluations that are timed
 SLOWER = 1.5  # times that a sample may take, of max_nfe evaluations
 TABLES = 2**16  # bytes in a checkpoint beside two sets of weights
 MOST_IMAGES = 1_000_000
-GRID_ROWS = 8  # images of each caption in samples.png
-CURVE_IMAGES = 1000  # scored of every checkpoint
-IMAGES = {"cpu": 1000, "cuda": 50_000}  # scored of the last one, unless --images says
+GRID_ROWS = 10  # images of each caption in samples.png: as many as a batch has
+CURVE_IMAGES = {"uint8": 500, "float16": 1000}  # scored of every checkpoint
+IMAGES = {"uint8": 2000, "float16": 50_000}  # scored of the last one, unless --images says
 CURVE = {"uint8": ["lite"], "float16": ["dinov2", "judge"]}  # networks of every checkpoint
 FINAL = {"cifar10": ["inception"], "imagenet256": ["inception", "hps"]}  # of the last, on a GPU
 
@@ -174,7 +175,9 @@ def list_checkpoints(folder: Path, code_sha256: str) -> list[tuple[Path, dict]]:
 class Model:
     """A checkpoint as the run's process has loaded it. What it answers raises UserError."""
 
-    def __init__(self, run: Run, path: Path):
+    def __init__(self, run: Run, path: Path, count: int = 0):
+        """count: of the images that it is to draw."""
+        self.compiled = count >= 500  # compiling pays for many alone
         try:
             self.count_stored(path, set(run.child.load(path)))
         except (UserError, *DAMAGED) as error:
@@ -204,7 +207,12 @@ class Model:
             raise UserError(f"it has {found}: more than two sets of weights")
 
     def velocity(self, x: Tensor, t: Tensor, text: Tensor, rounds: int = 1, compiled=False):
-        """The velocity (B, C, H, W). rounds: how often it is computed, for a timing."""
+        """The velocity (B, C, H, W). rounds: how often it is computed, for a timing.
+
+        compiled: as compiled code, where this model's samples are drawn so. Otherwise its FLOPs
+        are counted.
+        """
+        compiled = compiled and self.compiled
         request = {"rounds": rounds, "compiled": compiled}
         tensors = {"x": x.contiguous(), "t": t.contiguous(), "text": text.contiguous()}
         out, found = self.child.tensor("velocity", request, tensors, x.shape)
@@ -229,14 +237,12 @@ class Sampler:
     guest's own word; `refuse_slow` holds the time of a sample against it, read from outside.
     """
 
-    def __init__(
-        self, run: Run, model: Model, captions: Captions, device: torch.device, count: int = 0
-    ):
+    def __init__(self, run: Run, model: Model, captions: Captions, device: torch.device):
         self.run = run
         self.model = model
         self.captions = captions
         self.device = device
-        self.compiled = count >= 500  # images: compiling pays for many alone
+        self.compiled = model.compiled
         if run.track.dtype != "uint8":
             self.autoencoder = load_autoencoder(device)
         self.nfe = 0.0  # the most evaluations that any image took
@@ -294,7 +300,6 @@ class Sampler:
         count = len(rows)
         order = torch.arange(count) % len(inputs[0])
         batch = [tensor[order] for tensor in inputs]
-        self.model.velocity(*batch, ROUNDS, self.compiled)  # compiled here, where it is not yet
         before = self.run.child.seconds()
         self.model.velocity(*batch, ROUNDS, self.compiled)
         after = self.run.child.seconds()
@@ -383,8 +388,8 @@ class Evaluation:
         self.run = load_run(folder, world.device)
         track = self.run.track
         self.captions = read_captions(track.name)
-        self.count = count or IMAGES[world.device.type]
-        self.curve_count = min(self.count, CURVE_IMAGES)
+        self.count = count or IMAGES[track.dtype]
+        self.curve_count = min(self.count, CURVE_IMAGES[track.dtype])
         extra = FINAL.get(track.name, []) if world.device.type == "cuda" else []
         asked = asked or CURVE[track.dtype] + extra
         self.panel = Panel(asked, self.run, self.captions, self.count, world)
@@ -415,39 +420,35 @@ class Evaluation:
         return features_of(images_of, count, networks, folder, self.world, source[0])
 
     def ceiling(self) -> dict:
-        """The curve's metrics of real test images, where the track has them as pixels."""
-        if not self.curve_names or self.run.track.dtype != "uint8":
-            return {}
-        images, labels, _ = real_images(self.run.track, "val")
-        caption_of_label = self.captions.first_of_labels()
-        rows = [caption_of_label[label] for label in labels.tolist()]
-        features = self.features(
-            lambda start, stop: (images[start:stop], rows[start:stop]),
-            min(self.curve_count, len(images)),
-            self.curve_names,
-            "real test images",
-        )
-        return self.panel.scores(self.curve_names, features, self.curve_count)
+        """The curve's metrics of real test images, where the reference has their features."""
+        real = {}
+        for name in self.curve_names:
+            reference = self.panel.real[name].items()
+            test = {key[5:]: tensor for key, tensor in reference if key.startswith("test.")}
+            for count in {self.curve_count, self.count} if test else ():
+                if count <= len(test["label"]):
+                    real |= self.panel.scores([name], test, count)
+        return real
 
     def point(self, path: Path, meta: dict) -> dict:
         """A checkpoint's place on the curve; the last one's metrics of all networks, too."""
-        model = Model(self.run, path)
-        track = self.run.track
+        is_last = path == self.run.checkpoints[-1][0]
+        count = self.count if is_last else self.curve_count
+        names = list(self.panel.networks) if is_last else self.curve_names
+        model = Model(self.run, path, count)
         point = {
             "step": int(meta["step"]),
             "images": int(meta["images"]),
             "seconds": float(meta["seconds"]),
-            "val_loss": validate(track, model.velocity, self.captions, DRAWS_SEED).loss,
-            "metrics": {},
             "val_loss_logged": float(meta["val_loss"]),
+            "metrics": {},
         }
-        is_last = path == self.run.checkpoints[-1][0]
         if is_last:
+            track = self.run.track
+            self.val_loss = validate(track, model.velocity, self.captions, DRAWS_SEED).loss
             self.fresh = validate(track, model.velocity, self.captions, self.draws_seed)
             refuse_looked_up(point["val_loss_logged"], self.fresh)
-        count = self.count if is_last else self.curve_count
-        names = list(self.panel.networks) if is_last else self.curve_names
-        self.sampler = Sampler(self.run, model, self.captions, self.world.device, count)
+        self.sampler = Sampler(self.run, model, self.captions, self.world.device)
         if not names:
             return point
         rows = self.captions.balanced(count)
@@ -475,7 +476,6 @@ class Evaluation:
             for start in random.SystemRandom().sample(starts, min(AUDITS, len(starts))):
                 sampler.draw(rows[start : start + BATCH], start, False)
         time_ratio = sampler.refuse_slow(rows[:BATCH], self.fresh.inputs)
-        sampler.compiled = False
         grid_rows, self.columns = rows_of_grid(self.captions)
         self.grid = (sampler(grid_rows), [self.captions.captions[row] for row in grid_rows])
         return {
@@ -490,11 +490,14 @@ class Evaluation:
         }
 
 
-def evaluate(folder: Path, world: World, count: int = 0, asked: Sequence[str] = ()) -> dict:
+def evaluate(
+    folder: Path, world: World, count: int = 0, asked: Sequence[str] = (), last_alone: bool = False
+) -> dict:
     """Referees a run: results.json, samples.png, curve.png in its folder. Returns the results.
 
-    count: samples of the last checkpoint, 0: as many as usual on this device. asked: names of
-    NETWORKS, none: the track's own. Collective. Raises UserError.
+    count: samples of the last checkpoint, 0: as many as usual on this track. asked: names of
+    NETWORKS, none: the track's own. last_alone: no other checkpoint is looked at. Collective.
+    Raises UserError.
     """
     began = now()
     if world.rank == 0:  # whoever wrote it: only a whole evaluation leaves results
@@ -502,6 +505,8 @@ def evaluate(folder: Path, world: World, count: int = 0, asked: Sequence[str] = 
     evaluation = Evaluation(folder, world, count, asked)
     run = evaluation.run
     panel = evaluation.panel
+    if last_alone:
+        del run.checkpoints[:-1]
     with run.child:
         ceiling = evaluation.ceiling()
         points = [evaluation.point(*checkpoint) for checkpoint in run.checkpoints]
@@ -512,7 +517,7 @@ def evaluate(folder: Path, world: World, count: int = 0, asked: Sequence[str] = 
         "config": meta["config"],
         "seed": int(meta["seed"]),
         "code_sha256": run.code_sha256,
-        "val_loss": points[-1]["val_loss"],
+        "val_loss": evaluation.val_loss,
         "val_loss_fresh": evaluation.fresh.loss,
         "val_draws_seed": evaluation.draws_seed,
         "metrics": evaluation.metrics | dict.fromkeys(panel.why_null),
@@ -620,8 +625,8 @@ def export(folder: Path, tool: str, prompts: Path, world: World) -> Path:
     run = load_run(folder, world.device)
     with run.child:
         captions = any_captions(run, wanted)
-        model = Model(run, run.checkpoints[-1][0])
-        sampler = Sampler(run, model, captions, world.device, len(files))
+        model = Model(run, run.checkpoints[-1][0], len(files))
+        sampler = Sampler(run, model, captions, world.device)
         starts = range(0, len(files), BATCH)
         for start in progress(starts[world.rank :: world.size], f"images for {tool}"):
             part = range(start, min(start + BATCH, len(files)))
@@ -661,6 +666,25 @@ def markdown_row(results: dict) -> str:
     return "\n".join(lines)
 
 
+def beside_record(results: dict) -> str:
+    """One line: the run's metrics, those of the track's last record, and real images'."""
+    folders = sorted(
+        Path(__file__).resolve().parent.glob(f"records/{results['rules']['track']}/2*")
+    )
+    record = {}
+    for folder in folders:
+        path = folder / "results.json"
+        if re.search("^Predecessor:", (folder / "README.md").read_text(), re.M) and path.is_file():
+            record = json.loads(path.read_text())["metrics"]
+    parts = []
+    for name, value in results["metrics"].items():
+        others = (("the record", record.get(name)), ("real images", results["real"].get(name)))
+        if value is not None:
+            known = [f"{what} {number:.3g}" for what, number in others if number is not None]
+            parts.append(f"{name} {value:.3g}" + (f" ({', '.join(known)})" if known else ""))
+    return "; ".join(parts)
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line. argparse ends the process where it is not one."""
     metrics = [metric for network in NETWORKS.values() for metric in network.metrics]
@@ -668,6 +692,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("run", nargs="?", type=Path, help="folder of a run: logs/<run_id>")
     parser.add_argument("--images", type=int, help="samples of the last checkpoint")
     parser.add_argument("--metrics", nargs="+", choices=metrics, default=[])
+    parser.add_argument("--last", action="store_true", help="only the last checkpoint: no curve")
     parser.add_argument("--prompt", help="only draw samples of this caption")
     tools = ("geneval", "geneval2", "hpsv3")
     parser.add_argument("--export", choices=tools, help="only images for this tool")
@@ -698,11 +723,12 @@ def referee_run(args: argparse.Namespace, world: World):
     for name, network_class in NETWORKS.items():
         if set(network_class.metrics) & set(args.metrics):
             asked.append(name)
-    results = evaluate(args.run, world, args.images or 0, asked)
+    results = evaluate(args.run, world, args.images or 0, asked, args.last)
     if world.rank == 0:
         for name in ("log.txt", "results.json", "samples.png", "curve.png"):
             print(f"{name}: {Path(args.run, name)}")
         print("\n" + markdown_row(results))
+        print("\n" + beside_record(results))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -137,6 +137,9 @@ class Config:
     sample_steps: int = 50
     guidance: float = 1.0  # 1 = off, and then a step costs one evaluation instead of two
     guidance_interval: tuple = (0.0, 1.0)  # of t (Kynkaanniemi et al., arXiv 2404.07724)
+    autoguidance: float = 0.0  # weight of the way from an earlier EMA's velocity; 0 = off
+    autoguidance_interval: tuple = (0.0, 1.0)  # of t; a step in it costs one evaluation more
+    weak_at: float = 0.4  # that EMA is of the last validation in this share of the run
     sample_shift: float = 1.0  # time shift of the sampling grid
     last_step: float = 0.0  # final step, before the shift; 0 = as the others
     # numerics
@@ -145,7 +148,7 @@ class Config:
 
 
 CONFIGS = {
-    # one GPU; its size: records/cifar10/SCALING.md
+    # one GPU; its size: records/cifar10-loss/SCALING.md
     "cifar10": Config(
         track="cifar10", patch=2, width=512, depth=12, flip=True, steps=20_000, guidance=2.0
     ),
@@ -161,9 +164,11 @@ CONFIGS = {
         muon_lr=0.025,
         adamw_lr=2e-3,
         cooldown=1.0,
-        sample_steps=30,
+        sample_steps=20,
         guidance=6.0,
-        guidance_interval=(0.2, 0.85),
+        guidance_interval=(0.1, 0.7),
+        autoguidance=3.0,
+        autoguidance_interval=(0.1, 0.95),
         sample_shift=2.0,
     ),
     # SiT-B/1 on 8 GPUs: SR-DiT (arXiv 2512.12386) with Muon
@@ -516,13 +521,16 @@ def sampling_times(cfg: Config) -> list[float]:
     return [shift_time(t, cfg.sample_shift) for t in [*even, 0.0]]
 
 
-def is_guided(t: float, cfg: Config) -> bool:
-    return cfg.guidance != 1 and cfg.guidance_interval[0] <= t <= cfg.guidance_interval[1]
+def guidance_at(t: float, cfg: Config) -> tuple[float, float]:
+    """Weights at time t of the ways from the null caption's velocity and from the earlier EMA's."""
+    is_guided = cfg.guidance_interval[0] <= t <= cfg.guidance_interval[1]
+    is_autoguided = cfg.autoguidance_interval[0] <= t <= cfg.autoguidance_interval[1]
+    return is_guided * (cfg.guidance - 1), is_autoguided * cfg.autoguidance
 
 
 def sampling_nfe(cfg: Config) -> int:
-    """Network evaluations per image of `sample`: one a step, two where it is guided."""
-    return sum(1 + is_guided(t, cfg) for t in sampling_times(cfg)[:-1])
+    """Network evaluations per image of `sample`: one a step, and one of each guidance in it."""
+    return sum(1 + np.count_nonzero(guidance_at(t, cfg)) for t in sampling_times(cfg)[:-1])
 
 
 @torch.no_grad()
@@ -531,8 +539,10 @@ def sample(model: Transformer, noise: Tensor, text: Tensor, fresh=None) -> Tenso
 
     fresh() returns new unit noise of noise's shape, for the sde and for REG's class token. "euler"
     follows dx = v dt. "sde" is Euler-Maruyama on the reverse SDE with diffusion 2t (SiT, eq. 8):
-    its score -(x + (1 - t) v) / t makes the drift v + x + (1 - t) v. Guidance (arXiv 2207.12598,
-    eq. 6) leaves out the routed blocks in its null half (SPRINT's path-drop guidance).
+    its score -(x + (1 - t) v) / t makes the drift v + x + (1 - t) v. Guidance leads away from the
+    velocity of the null caption (arXiv 2207.12598, eq. 6), whose evaluation leaves out the routed
+    blocks (SPRINT's path-drop guidance), and from that of the earlier EMA model.weak under the same
+    caption, which knows less (autoguidance, arXiv 2406.02507, eq. 3).
     """
     cfg = model.cfg
 
@@ -547,10 +557,16 @@ def sample(model: Transformer, noise: Tensor, text: Tensor, fresh=None) -> Tenso
         t_rows = x.new_full((len(x),), t)
         with autocast(cfg, x):
             v, _ = model(x, t_rows, text)
-            if is_guided(t, cfg):  # a second evaluation
+            from_null, from_weak = guidance_at(t, cfg)
+            way = 0.0
+            if from_null:
                 null = model.null_text(len(x))
                 v_null, _ = model(x, t_rows, null, drop_middle=cfg.route_keep < 1)
-                v = torch.lerp(v_null, v, cfg.guidance)
+                way = from_null * (v - v_null)
+            if from_weak:
+                v_weak, _ = model.weak(x, t_rows, text)
+                way = way + from_weak * (v - v_weak)
+            v = v + way
         if cfg.sampler == "sde":
             v = v + x + (1 - t) * v
         x = x + (t_next - t) * v
@@ -1020,11 +1036,19 @@ class State:
         self.model.init_weights(seed)
         self.model.to(world.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.averages = list(self.ema.parameters())
+        if cfg.autoguidance:
+            self.ema.weak = copy.deepcopy(self.ema)
         self.optimizers = make_optimizers(self.model, cfg, world)
         self.parts = dict(model=self.model, ema=self.ema, **self.optimizers)
         self.loss_terms = loss_terms
         if cfg.compile:
             self.loss_terms = torch.compile(loss_terms, dynamic=False, fullgraph=True)
+
+    def keep_weak(self):
+        """From now on, the EMA as it is guides later ones."""
+        if self.cfg.autoguidance:
+            self.ema.weak.load_state_dict(self.ema.state_dict(), strict=False)  # all but ema.weak.*
 
     def state_dict(self) -> dict:
         """Everything, the same for any number of processes. Collective."""
@@ -1066,7 +1090,7 @@ def train_step(state: State, step: int, batch: Batch) -> dict[str, Tensor]:
             optimizer.zero_grad(set_to_none=True)
     with record_function("ema"), torch.no_grad():
         weights = list(state.model.parameters())
-        torch._foreach_lerp_(list(state.ema.parameters()), weights, 1 - ema_decay(step, cfg))
+        torch._foreach_lerp_(state.averages, weights, 1 - ema_decay(step, cfg))
     return means
 
 
@@ -1166,6 +1190,8 @@ def load_checkpoint(path, device="cpu") -> tuple[Transformer, dict]:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     cfg = CONFIGS[meta["config"]]
     model = Transformer(cfg, TRACKS[cfg.track])
+    if cfg.autoguidance:
+        model.weak = copy.deepcopy(model).requires_grad_(False)
     model.load_state_dict(weights)
     return model.to(device).eval(), meta
 
@@ -1344,6 +1370,9 @@ class Run:
         self.log(
             " ".join([f"step:{step}/{self.cfg.steps} images:{images} {first} {times}", *terms])
         )
+        if self.state.world.rank == 0 and sys.stderr.isatty():  # a line that the next one covers
+            left = ms / max(step, 1) * (self.cfg.steps - step) / 1000
+            print(f"about {left:.0f} s of training left", end="\r", file=sys.stderr, flush=True)
 
     def log_summary(self, graphs: int):
         """The last block, for tools: one `key: value` a line."""
@@ -1395,6 +1424,8 @@ def train(run: Run, world: World):
             meta.update(step=step, images=step * cfg.batch_size, seconds=clock.seconds)
             if step in validation_steps:
                 meta["val_loss"] = validate(state, run.val, captions)
+                if step <= max(cfg.weak_at * cfg.steps, min(validation_steps)):
+                    state.keep_weak()
                 run.log_step(step, dict(val_loss=meta["val_loss"]))
                 if world.rank == 0:
                     save_checkpoint(run.folder, state.ema, meta)

@@ -6,6 +6,7 @@ Not to be edited for a record.
 """
 
 import ast
+import ctypes
 import hashlib
 import importlib.util
 import json
@@ -45,6 +46,8 @@ class World:
         if torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
+        else:
+            keep_freed_memory()
         if self.size > 1:
             dist.init_process_group("gloo", timeout=timedelta(days=1))
 
@@ -65,6 +68,13 @@ class World:
         self.wait()
         if self.size > 1:
             dist.destroy_process_group()
+
+
+def keep_freed_memory():
+    """Has glibc's allocator give no large blocks back: pages made anew cost more than much work."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 def now() -> float:

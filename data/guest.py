@@ -226,27 +226,34 @@ class Guest:
         return {"tracks": {name: cfg.track for name, cfg in train_speedrun.CONFIGS.items()}}, {}
 
     def load(self, request: dict, tensors: dict) -> tuple:
-        """Loads a checkpoint. Its forward counts the rows and the FLOPs that enter it."""
-        model, _ = self.snapshot.load_checkpoint(Path(request["file"]), self.device)
-        self.model = model.requires_grad_(False)
+        """Loads a checkpoint. Each forward of it counts the rows and FLOPs that enter it."""
+        self.model, _ = self.snapshot.load_checkpoint(Path(request["file"]), self.device)
+        trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        self.model.requires_grad_(False)
         self.rows = 0
         self.flops_inside = 0
-        plain = self.model.forward
+        for module in list(self.model.modules()):
+            if type(module) is type(self.model):  # an earlier one, for guidance, may be part of it
+                self.count_in(module)
+        return {"parameters": trained}, {}
+
+    def count_in(self, model: nn.Module):
+        """Puts before the model's forward what counts, and compiled code in its place."""
+        plain = model.forward
         compiled = torch.compile(plain, dynamic=False)
 
         def forward(*args, **kwargs):
-            inputs = [*args, *kwargs.values()]
-            self.rows += len(inputs[0])
+            self.rows += len([*args, *kwargs.values()][0])
             if self.is_compiled:
-                with _disable_current_modes():
+                with _disable_current_modes():  # one layout of inputs, so that one graph serves all
+                    args = [x.contiguous() if isinstance(x, Tensor) else x for x in args]
                     return compiled(*args, **kwargs)
             before = Flops.counting.total
             out = plain(*args, **kwargs)
             self.flops_inside += Flops.counting.total - before
             return out
 
-        self.model.forward = forward
-        return {"parameters": [name for name, _ in self.model.named_parameters()]}, {}
+        model.forward = forward
 
     def velocity(self, request: dict, tensors: dict) -> tuple:
         """The velocity of x at t under text, computed `rounds` times, with a draw of noise each."""

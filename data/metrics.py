@@ -119,6 +119,27 @@ def kernel_distance(
     return total / subsets
 
 
+def whole_kernel_distance(x: Tensor, y: Tensor, within_y: float) -> float:
+    """kernel_distance in one subset of all rows, (N, D) and (M, D): what its subsets estimate.
+
+    within_y: mean_within(y), which is known of real images beforehand.
+    """
+    x = x.double()
+    between = sum(cubic_kernel(x, part.double()).sum().item() for part in y.split(ROWS))
+    return mean_within(x) + within_y - 2 * between / (len(x) * len(y))
+
+
+def mean_within(x: Tensor) -> float:
+    """Mean of the kernel over all pairs of different rows of x (N, D)."""
+    total = 0.0
+    parts = x.double().split(ROWS)
+    for i, part in enumerate(parts):  # of two parts that differ, one order stands for both
+        total += sum(2 * cubic_kernel(part, other).sum().item() for other in parts[:i])
+        own = cubic_kernel(part, part)
+        total += (own.sum() - own.trace()).item()
+    return total / (len(x) * (len(x) - 1))
+
+
 def random_rows(x: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """At most `size` rows of x (N, D), drawn on the CPU without replacement, as float64."""
     order = torch.randperm(len(x), generator=generator)
@@ -180,6 +201,27 @@ def nearest(real: Tensor, fake: Tensor, k: int) -> tuple[Tensor, Tensor]:
     found = [(F.normalize(part.double()) @ real.T).topk(k) for part in fake.split(ROWS)]
     cosines, rows = zip(*found, strict=True)
     return torch.cat(cosines), torch.cat(rows)
+
+
+def thumbnails(images: Tensor, size: int = 12) -> Tensor:
+    """uint8 (B, 3, H, W) -> uint8 (B, 3, size, size), by areas."""
+    return F.interpolate(images.float(), size, mode="area").round().to(torch.uint8)
+
+
+def nearest_thumbnail(real: Tensor, fake: Tensor) -> Tensor:
+    """Cosine (M,), float32, of each of fake to the nearest of real, mirrored ones with them.
+
+    Thumbnails (N, 3, h, w) and (M, 3, h, w), each less its mean. In float32, since only a share of
+    them is counted.
+    """
+    both = torch.cat([fake, fake.flip(3)]).flatten(1).float()
+    both = F.normalize(both - both.mean(dim=1, keepdim=True))
+    best = both.new_full((len(both),), -1.0)
+    for part in real.flatten(1).split(10 * ROWS):
+        part = part.float()
+        part = F.normalize(part - part.mean(dim=1, keepdim=True))
+        best = torch.maximum(best, (both @ part.T).amax(dim=1))
+    return torch.maximum(*best.chunk(2))
 
 
 def neighbour_accuracy(cosines: Tensor, rows: Tensor, real_labels: Tensor, labels: Tensor) -> float:

@@ -6,12 +6,14 @@ images uint8 (B, 3, H, W) and their caption rows (a list of B) to {name: feature
     reference_rows   {name: rows} of the real images' features that these metrics need beside mean
                      and covariance (None: all rows); {}: they need no real images at all
     compare          where there is one, real and test images' features -> more of the reference
+    reference_images, test_images    how many it looks at, of each label as many: without it, all
     values           real and fake features -> the metrics' values, in the order of their names
     net              what the images pass through: its weights are hashed into results.json
 Definitions follow the sources named, to the resize. SPEEDRUN_WEIGHTS=/folder is searched first, by
 file name (`local_name`). Not to be edited for a record.
 """
 
+import copy
 import hashlib
 import logging
 import os
@@ -28,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from data.common import (
     Captions,
@@ -41,11 +44,15 @@ from data.metrics import (
     frechet_distance,
     inception_score,
     kernel_distance,
+    mean_within,
     moments,
     nearest,
+    nearest_thumbnail,
     neighbour_accuracy,
     precision_recall,
     share_of_copies,
+    thumbnails,
+    whole_kernel_distance,
 )
 
 # ---------------------------------------------------------------------------------------------
@@ -482,14 +489,31 @@ class HPS:
         return (fake["hps"].double().mean().item(),)
 
 
+def folded(net: nn.Module) -> nn.Module:
+    """A copy whose batch norms are part of the convolutions before them: nearly twice as fast."""
+    net = copy.deepcopy(net)
+    for name, module in list(net.named_modules()):
+        if isinstance(module, nn.Conv2d):
+            convolution = module
+        elif isinstance(module, nn.BatchNorm2d):
+            norm = (module.running_mean, module.running_var, module.eps, module.weight, module.bias)
+            weights = fuse_conv_bn_weights(convolution.weight, convolution.bias, *norm)
+            convolution.weight, convolution.bias = weights
+            net.set_submodule(name, module.act)  # timm's norms have the activation with them
+    return net
+
+
 class Lite:
     """EfficientNet-lite0's pooled features (1280), bf16: KD x 1000, and what is near a sample.
 
-    Its neighbours vote on its class, and the nearest may be what it was copied from.
+    Its neighbours vote on its class, and the nearest may be what it was copied from. Since it looks
+    at some of the training images alone, the thumbnails of all of them are searched, too.
     """
 
-    metrics = ("KD-lite", "prompt-accuracy-lite", "copies-lite")
+    metrics = ("KD-lite", "prompt-accuracy-lite", "copies-lite", "copies-thumbnail")
     reference_rows = {"lite": None}
+    reference_images = 10_000
+    test_images = 2000
 
     def __init__(self, captions: Captions, device: torch.device):
         import timm
@@ -497,7 +521,8 @@ class Lite:
         self.net = timm.create_model("tf_efficientnet_lite0")
         load_weights("lite", self.net, self.with_timms_names)
         self.net.reset_classifier(0)
-        self.net.eval().to(device, memory_format=torch.channels_last)
+        self.net.eval()
+        self.folded = folded(self.net).to(device, torch.bfloat16, memory_format=torch.channels_last)
         self.labels = torch.tensor(captions.labels, device=device)
 
     def with_timms_names(self, state: dict) -> dict:
@@ -513,28 +538,39 @@ class Lite:
     def __call__(self, images: Tensor, rows: list[int]) -> dict:
         size = 25 if images.device.type == "cpu" else 250  # small ones stay in a CPU's cache
         features = torch.cat([self.features(part) for part in images.split(size)])
-        return {"lite": features, "label": self.labels[rows]}
+        return {"lite": features, "label": self.labels[rows], "thumbnail": thumbnails(images)}
 
     def features(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> bf16 (B, 1280)."""
         x = F.interpolate(images.float(), size=(128, 128), mode="bicubic", antialias=True)
-        x = (x.clamp(0, 255) - 127) / 128
-        x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, torch.bfloat16):
-            return self.net(x)
+        x = x.clamp_(0, 255).sub_(127).div_(128)
+        return self.folded(x.to(torch.bfloat16, memory_format=torch.channels_last))
 
     @staticmethod
     def values(real: dict, fake: dict) -> tuple:
-        distance = 1000 * kernel_distance(real["lite"], fake["lite"])
+        distance = whole_kernel_distance(fake["lite"], real["lite"], real["lite.within"].item())
         cosines, rows = nearest(real["lite"], fake["lite"], 10)
         accuracy = neighbour_accuracy(cosines, rows, real["label"], fake["label"])
-        return distance, accuracy, share_of_copies(cosines[:, 0], real["copy_threshold"])
+        copies = share_of_copies(cosines[:, 0], real["copy_threshold"])
+        cosines = nearest_thumbnail(real["thumbnail"], fake["thumbnail"])
+        thumbnail_copies = share_of_copies(cosines, real["thumbnail_threshold"])
+        return 1000 * distance, accuracy, copies, thumbnail_copies
 
     @staticmethod
-    def compare(real: dict, test: dict) -> dict:
-        """What real test images tell about samples, to be kept beside the reference."""
+    def compare(real: dict, test: dict, images: Tensor) -> dict:
+        """What real images tell about samples, to be kept beside the reference.
+
+        real, test: features of the images looked at; images: all training images, uint8.
+        """
+        small = torch.cat([thumbnails(part) for part in images.split(1000)])
         cosines, _ = nearest(real["lite"], test["lite"], 1)
-        return {"copy_threshold": copy_threshold(cosines).cpu()}
+        small_cosines = nearest_thumbnail(small, test["thumbnail"].cpu())
+        return {
+            "lite.within": torch.tensor(mean_within(real["lite"]), dtype=torch.float64),
+            "thumbnail": small,
+            "copy_threshold": copy_threshold(cosines).cpu(),
+            "thumbnail_threshold": copy_threshold(small_cosines),
+        }
 
 
 NETWORKS = {"inception": Inception, "dinov2": DINOv2, "judge": Judge, "hps": HPS, "lite": Lite}

@@ -44,7 +44,7 @@ def draw_curve(runs: list[dict], path: Path):
     first = runs[0]
     for other in runs[1:]:
         refuse_mixed_rules(first, other)
-    metrics = ["val_loss", *first["checkpoints"][0]["metrics"]]
+    metrics = ["val_loss_logged", *first["checkpoints"][0]["metrics"]]
     figure = Figure(figsize=(10, 1 + 3 * len(metrics)), layout="constrained")
     grid = figure.subplots(len(metrics), 2, sharex="col", sharey="row", squeeze=False)
     for (over_seconds, over_images), metric in zip(grid, metrics, strict=True):

@@ -39,8 +39,9 @@ def reference(track: SimpleNamespace, name: str, network, world: World) -> tuple
     if not network.reference_rows:
         return {}, protocol
     images, labels, images_sha256 = real_images(track)
+    rows = balanced_rows(labels, getattr(network, "reference_images", len(images)))
     protocol["reference"] = images_sha256
-    protocol["reference_images"] = len(images)
+    protocol["reference_images"] = len(rows)
     folder = Path(__file__).resolve().parent
     code = [sha256_of(folder / f"{name}.py") for name in ("networks", "metrics", "reference")]
     key = key_of(protocol, *code)
@@ -58,11 +59,14 @@ def reference(track: SimpleNamespace, name: str, network, world: World) -> tuple
                 f"reference: {name}, {split} images, once",
             )
 
-        features = seen(images, "train")
+        features = seen(images[rows], "train")
         tensors = summary(features, network.reference_rows)
-        tensors["label"] = labels
+        tensors["label"] = labels[rows]
         if hasattr(network, "compare"):
-            tensors |= network.compare(features, seen(real_images(track, "val")[0], "val"))
+            test_images = real_images(track, "val")[0][: network.test_images]
+            test = seen(test_images, "val")
+            tensors |= network.compare(features, test, images)
+            tensors |= {f"test.{name}": value.cpu() for name, value in test.items()}
         if track.dtype != "uint8" and name == "inception":
             tensors.update(adm_moments())
         if world.rank == 0:
@@ -71,6 +75,15 @@ def reference(track: SimpleNamespace, name: str, network, world: World) -> tuple
             shutil.rmtree(parts)
         world.wait()
     return load_file(path, device=str(world.device)), protocol
+
+
+def balanced_rows(labels: Tensor, count: int) -> Tensor:
+    """The first rows of each label, as many of each, `count` in all: (count,), in their order."""
+    if count >= len(labels):
+        return torch.arange(len(labels))
+    kinds = labels.unique()
+    rows = [(labels == kind).nonzero()[: count // len(kinds), 0] for kind in kinds]
+    return torch.cat(rows).sort().values
 
 
 def adm_moments() -> dict:

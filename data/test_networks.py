@@ -76,7 +76,7 @@ def test_frechet_distance_has_its_closed_forms():
     assert abs(metrics.frechet_distance(mean, covariance, mean, covariance)) < 1e-6
 
 
-def test_kernel_distance_is_unbiased():
+def test_kernel_distance_is_unbiased(monkeypatch):
     """Its value by hand, and the same for subsets of any size."""
     x, y = 10 + torch.randn(2, 90, 8, dtype=torch.float64)
     wanted = 0.0
@@ -84,6 +84,10 @@ def test_kernel_distance_is_unbiased():
         kernel = (a.numpy() @ b.numpy().T / 8 + 1) ** 3
         wanted += share * (kernel.sum() - (a is b) * kernel.trace()) / 90
     assert metrics.kernel_distance(x, y, subsets=1) == pytest.approx(wanted, rel=1e-9)
+    for rows in (1000, 7):  # all pairs in one block, or in many
+        monkeypatch.setattr(metrics, "ROWS", rows)
+        whole = metrics.whole_kernel_distance(x, y, metrics.mean_within(y))
+        assert whole == pytest.approx(wanted, rel=1e-9)
     x, y = torch.randn(2, 4000, 8, generator=torch.Generator().manual_seed(0))
     large = metrics.kernel_distance(x, 1.3 * y, 20)
     assert metrics.kernel_distance(x, 1.3 * y, 200, 50) == pytest.approx(large, rel=0.15)
@@ -215,20 +219,47 @@ def test_lite_takes_the_wheels_names_and_scales_pixels(tmp_path, monkeypatch):
     lite = networks.Lite(captions, CPU)
     for name, x in lite.net.state_dict().items():
         assert x.equal(state[name])
-    near, far = (dict(lite=torch.randn(400, 8) + k, label=torch.arange(400) % 2) for k in (0, 2))
-    near |= lite.compare(near, {"lite": torch.randn(400, 8)})
-    assert lite.values(near, far)[0] == 1000 * metrics.kernel_distance(near["lite"], far["lite"])
-    copies = {"lite": 3 * near["lite"][7:107], "label": near["label"][7:107]}
-    assert lite.values(near, copies)[2] == 1
-    lite.net = torch.flatten
+    images = torch.randn(2, 3, 64, 64)
+    assert_close(networks.folded(lite.net)(images), lite.net(images), rtol=1e-3, atol=1e-4)
+    lite.folded = torch.flatten
     black_and_white = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
     seen = lite(black_and_white.expand(2, 3, 8, 8), [0, 1])
     assert seen["label"].tolist() == [0, 7]
-    assert_close(seen["lite"].view(2, -1), torch.tensor([[-127 / 128], [1]]).expand(2, 3 * 128**2))
+    assert_close(
+        seen["lite"].float().view(2, -1), torch.tensor([[-127 / 128], [1]]).expand(2, 3 * 128**2)
+    )
     for content in (b"cut off", path.read_bytes()[:9999]):
         path.write_bytes(content)
         with pytest.raises(UserError, match=f"{path} is damaged or foreign.*delete it"):
             networks.Lite(captions, CPU)
+
+
+def test_lites_metrics_see_distance_class_and_copies():
+    """Copies also where the reference has not looked: by the thumbnails of all images, mirrored."""
+    torch.manual_seed(0)
+    lite = networks.Lite
+
+    def seen(images: torch.Tensor, shift: float = 0.0) -> dict:
+        features = torch.randn(len(images), 8) + shift
+        label = torch.arange(len(images)) % 2
+        return dict(lite=features, label=label, thumbnail=metrics.thumbnails(images))
+
+    def noise(count: int) -> torch.Tensor:
+        return torch.randint(256, (count, 3, 24, 24), dtype=torch.uint8)
+
+    images = noise(1200)
+    real = seen(images[:400])
+    real |= lite.compare(real, seen(noise(400)), images)
+    far = seen(noise(300), 2.0)
+    distance, accuracy, *copies = lite.values(real, far)
+    subset = metrics.kernel_distance(far["lite"], real["lite"], subsets=400, size=300)
+    assert distance == pytest.approx(1000 * subset, rel=0.03)
+    assert accuracy < 0.7 and max(copies) < 0.03
+    taken = {name: 3 * real[name][7:107] for name in ("lite", "label")}
+    taken |= dict(label=real["label"][7:107], thumbnail=far["thumbnail"][:100])
+    assert lite.values(real, taken)[2] == 1 and lite.values(real, taken)[3] < 0.05
+    unseen = seen((images[900:1000].flip(3) * 0.8).to(torch.uint8), 2.0)
+    assert lite.values(real, unseen)[2] < 0.03 and lite.values(real, unseen)[3] == 1
 
 
 def test_weights_are_checked_and_local_ones_go_first(tmp_path, monkeypatch):
@@ -305,7 +336,6 @@ def scored(trained, inception, lite_weights, tmp_path_factory):
         patch.setattr(timm, "create_model", small)
         patch.setattr(open_clip, "create_model", clips)
         patch.setattr(reference, "real_images", few_images)
-        patch.setattr(ev, "real_images", few_images)
         patch.setattr(metrics, "BATCH", 8)
         patch.setattr(ev.Sampler, "__call__", watched)
         patch.setattr(ev, "draw_grid", Mock())
@@ -321,9 +351,9 @@ def test_every_network_scores_in_one_pass(scored, monkeypatch):
     """And each by its own definition; a caption's CLIP has its width and its activation."""
     monkeypatch.chdir(scored.folder)
     results = scored.results
-    assert [len(images) for images in scored.batches] == [8, 4, 8, 4, 32]  # the grid comes last
+    assert [len(images) for images in scored.batches] == [8, 4, 8, 4, 40]  # the grid comes last
     names = [f"{name}-12" for network in networks.NETWORKS.values() for name in network.metrics]
-    assert list(results["metrics"]) == names[-3:] + names[:-3]  # the curve's first
+    assert list(results["metrics"]) == names[-4:] + names[:-4]  # the curve's first
     assert np.isfinite(list(results["metrics"].values())).all() and not results["why_null"]
     assert len({protocol["weights"] for protocol in results["protocol"].values()}) == 4
     references = sorted(Path("data/tiny").glob("reference_*.safetensors"))
@@ -347,11 +377,11 @@ def test_grids_of_two_records_can_be_laid_side_by_side(scored, tmp_path, monkeyp
     """The same captions in the same places, each image from the noise of its place."""
     monkeypatch.chdir(scored.folder)
     images, captions, columns, _ = scored.grid
-    assert captions == CAPTIONS[:4] * 8 and columns == 4
+    assert captions == CAPTIONS[:4] * 10 and columns == 4
     assert (images[6].int() - sampler_of(scored.run)([2], 6)[0].int()).abs().max() <= 1
     ev.draw_grid(images, captions, columns, tmp_path / "grid.png")
     sheet = np.asarray(Image.open(tmp_path / "grid.png"))
-    height = len(sheet) // 8
+    height = len(sheet) // 10
     assert sheet.shape[1] == 4 * 100  # 96 pixels and 2 around each
     tile = images[5].repeat_interleave(12, 1).repeat_interleave(12, 2).permute(1, 2, 0)
     assert (sheet[height + 2 : height + 98, 102:198] == tile.numpy()).all()

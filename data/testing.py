@@ -65,6 +65,8 @@ ALL = replace(
     t_shift=1.4,
     sampler="sde",
     last_step=0.04,
+    autoguidance=1.0,
+    weak_at=0.5,
 )
 # DINOv2's tokens and components, for 8 x 8 pixels, and the width of REPA's MLPs
 PATCHES, PCA, PROJECTOR = 16, 8, 24
@@ -277,8 +279,8 @@ def sampler_of(folder: Path, count: int = 0):
     referee = importlib.import_module("eval_speedrun")
     device = torch.device("cpu")
     run = referee.load_run(folder, device)
-    model = referee.Model(run, run.checkpoints[-1][0])
-    return referee.Sampler(run, model, read_captions("tiny"), device, count)
+    model = referee.Model(run, run.checkpoints[-1][0], count)
+    return referee.Sampler(run, model, read_captions("tiny"), device)
 
 
 @pytest.fixture

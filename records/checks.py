@@ -12,7 +12,6 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
@@ -20,34 +19,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.common import UserError, key_of, sha256  # noqa: E402
 from data.networks import NETWORKS  # noqa: E402
 from eval_speedrun import REFEREE  # noqa: E402
+from records.races import (  # noqa: E402
+    RACES,
+    TIMING,
+    check_goal,
+    check_timing,
+    race_name,
+)
 from records.series import (  # noqa: E402
-    NUMBERS,
     Record,
-    Z,
-    load_series,
     paired_test,
     read,
-    target_test,
 )
 from records.snapshots import FLAGS, check_contract, check_hyperparameters  # noqa: E402
 
-
-@dataclass(frozen=True)
-class Target:
-    """What a record of a track must reach, and in what it must beat its predecessor."""
-
-    metric: str
-    value: float | None  # at most; None = not fixed yet
-    floor: float  # of sigma, however close the runs are to each other
-    race: str  # what a record has less of than its predecessor
-    gflops: float | None = None  # of one evaluation of one image, at most
-    baseline: str | None = None  # the series whose mean, rounded to four digits, is the value
-
-
-TARGET = {
-    "cifar10": Target("val_loss", 0.2122, 0.0002, "images", 0.244, "2026-11-20_Bare-minimum"),
-    "imagenet256": Target("FID-50k", 3.49, 0.02, "train_time_s"),
-}
 SEEDS = 4  # of a series, at least
 LEVEL = 0.01  # of the paired test
 MAX_NFE = 100
@@ -61,26 +46,6 @@ NETWORK_OF = {metric: name for name, network in NETWORKS.items() for metric in n
 # ---------------------------------------------------------------------------------------------
 # Folders, published code
 # ---------------------------------------------------------------------------------------------
-
-
-def load(path) -> Record:
-    """A record's folder, an example's, or a log. Raises UserError: also without a target."""
-    record = load_series(path)
-    if record.track not in TARGET and record.title != "a log":
-        names = ", ".join(TARGET)
-        raise UserError(f"{path} is of the track {record.track!r}: there are {names}")
-    return record
-
-
-def load_predecessor(record: Record, against: Path | None = None) -> Record | None:
-    """The record of `against`, else of the folder that README.md names. Raises UserError."""
-    named = re.search(r"^Predecessor:(.*)$", record.readme, re.M)
-    if named and not against:
-        name = named[1].strip(" `\r")
-        if Path(name).name != name:
-            raise UserError(f"{record.folder}: Predecessor: {name!r} is no plain name of a folder")
-        against = record.folder.parent / name
-    return load(against) if against else None
 
 
 def git(root: Path, *arguments) -> bytes:
@@ -266,7 +231,7 @@ def check_picture(path: Path) -> tuple:
 def check_results(record: Record, known: set) -> list:
     """The referee's files are of different runs of the series and by published code."""
     logs = {log["run_id"]: log for log in record.logs}
-    limit = TARGET[record.track].gflops
+    limit = RACES[race_name(record)].gflops
     code = sha256(record.source)
     checks = []
     for name, results in record.results.items():
@@ -282,7 +247,7 @@ def check_results(record: Record, known: set) -> list:
         nfe = max(results["nfe"], *record.all("sampling_nfe"))
         light = limit is None or (results["gflops"] or math.nan) <= limit
         of_run = f"run {results.get('run_id')}, seed {results.get('seed')}"
-        limit_text = f"at most {limit or '(not fixed yet)'}"
+        limit_text = f"at most {limit}" if limit else "of any size"
         found = [
             (same, f"{of_run}, is one of the logs, once"),
             (close, f"val_loss {results['val_loss']:.5f}, in the log {logged:.5f}"),
@@ -297,30 +262,6 @@ def check_results(record: Record, known: set) -> list:
     return checks
 
 
-def target_values(record: Record) -> list:
-    """The target's metric of every log, or of every results file; nan where it is missing."""
-    metric = TARGET[record.track].metric
-    if metric in NUMBERS:
-        return record.all(metric)
-    return [results["metrics"].get(metric) or math.nan for results in record.results.values()]
-
-
-def check_target(record: Record) -> tuple:
-    target = TARGET[record.track]
-    values = target_values(record)
-    if target.value is None:
-        return True, f"target: no target fixed yet for {target.metric}"
-    if record.folder.name == target.baseline:
-        same = round(fmean(values), 4) == target.value
-        return same, f"target: {target.value}, fixed by this series"
-    bound, p, student = target_test(values, target.value, target.floor)
-    text = (
-        f"target: {target.metric} {fmean(values):.5f}, with {Z} sigma / sqrt(n) {bound:.5f}, "
-        f"at most {target.value}; p {p:.2g}, Student's {student:.2g}"
-    )
-    return bound <= target.value, text
-
-
 # ---------------------------------------------------------------------------------------------
 # The predecessor; everything
 # ---------------------------------------------------------------------------------------------
@@ -329,7 +270,7 @@ def check_target(record: Record) -> tuple:
 def check_paired(record: Record, before: Record) -> list:
     """Less of what the race counts; a lower loss at equal images, of paired/, else its own logs."""
     logs = record.paired or record.logs
-    race = TARGET[record.track].race
+    race = RACES[race_name(record)].cost
     ideas = set()  # scripts but for the number of steps
     for log in logs + record.logs:
         ideas.add((re.sub(rb"\bsteps=[\d_]+", b"steps=", log["source"]), log["config"]))
@@ -358,26 +299,27 @@ def check_record(record: Record, root: Path, before: Record | None = None, base:
     if record.title == "a log":
         return check_logs(record.logs, series=False)
     folder = record.folder
-    track = folder.parent.name
+    race = RACES[race_name(record)]
     dated = re.fullmatch(r"\d{4}-\d\d-\d\d_.+", folder.name)
-    placed = dated and set(record.all("track")) == {track}
+    placed = dated and folder.parent.name in RACES and set(record.all("track")) == {race.track}
     original = all(log["source"] == record.source for log in record.logs)
     flags = ", ".join(flag.decode() for flag in FLAGS if flag in record.source)
     checks = check_logs(record.logs) + [
-        (placed, f"folder: {track}/{folder.name} is <track>/<date>_<Name>"),
+        (placed, f"folder: {folder.parent.name}/{folder.name} is <race>/<date>_<Name>"),
         check_picture(folder / "samples.png"),
         (original, "snapshot: the source in every log"),
         check_contract(record.source, record.track, folder.name[:10]),
         (not flags, f"compile flags: {flags or 'none'}"),
         *check_results(record, referees(root, base)),
-        check_target(record),
+        *[check_goal(record, goal) for goal in race.goals],
     ]
     predecessor = re.search(r"^Predecessor:(.*)$", record.readme, re.M)
-    if predecessor:
+    if not predecessor:
+        first = before or race.baseline in (None, folder.name)
+        checks.append((first, "README.md: no predecessor"))
+    elif race.cost != TIMING:
         section = re.search(r"(?im)^## paired", record.readme)
         checks.append((section, f"README.md: {predecessor[0]}, and a section '## paired'"))
-    else:
-        baseline = TARGET[track].baseline if track in TARGET else None
-        first = before or baseline in (None, folder.name)
-        checks.append((first, "README.md: no predecessor"))
-    return checks + (check_paired(record, before) if before else [])
+    if not before:
+        return checks
+    return checks + (check_timing if race.cost == TIMING else check_paired)(record, before)

@@ -5,6 +5,8 @@
       --processes 8                                      under torchrun, one process a GPU
       --noise                                            on noise, even where data/<track> is
       --diff                                             the scripts' difference, whole
+  --race                                             records' folders: writes B's timing.txt, the
+                                                     seconds of whole runs with their own configs
 
 **This runs both scripts**: a stranger's belongs in a container, see records/README.md.
 A and B are scripts or record folders, each with changes of its own config after a colon:
@@ -207,6 +209,7 @@ class Side:
         except (OSError, ValueError) as error:
             raise UserError(f"{argument}: {type(error).__name__}: {error}")
         self.seconds = []  # per step, of each round; images per step and peak MiB with them
+        self.fixed = []  # seconds on the clock beside the steps: of each round
         self.flops = 0.0  # of an image; 0 where the script annotates no parts
         self.parts = {}  # milliseconds; empty where the script annotates no steps
 
@@ -247,6 +250,7 @@ class Side:
         if self.images < 1 or milliseconds < 1:
             raise UserError(f"{self.name}: its log counts no images, or no time, for a step")
         self.seconds.append(milliseconds / 1000 / (last - first))
+        self.fixed.append(int(lines[first][3]) / 1000 - first * self.seconds[-1])
         self.memory = int(memory[1])
 
 
@@ -358,13 +362,15 @@ def parse_options(arguments: list) -> argparse.Namespace:
     parser.add_argument("a")
     parser.add_argument("b")
     parser.add_argument("--config", default="cifar10" + "-cpu" * (not torch.cuda.is_available()))
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--race", action="store_true")
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--set", nargs="*", default=[])
     parser.add_argument("--noise", action="store_true")
     parser.add_argument("--diff", action="store_true")
     options = parser.parse_args(arguments)
+    options.steps = options.steps or (300 if options.race else 100)
     if not (3 <= options.steps <= 10 or options.steps % 50 == 0 < options.steps):
         raise UserError("--steps must be 3 .. 10 or a multiple of 50: those are logged")
     if min(options.rounds, options.processes) < 1:
@@ -378,7 +384,12 @@ def main(arguments: list) -> int:
             task, path, config, changes, steps, data = arguments[1:]
             return CHILDREN[task](path, config, ast.literal_eval(changes), int(steps), data)
         options = parse_options(arguments)
-        print(report(compare(options), options))
+        if options.race:
+            from records.race import race  # which takes its sides from here
+
+            print(race(options))
+        else:
+            print(report(compare(options), options))
     except (UserError, OSError) as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2

@@ -60,6 +60,7 @@ class Record:
     source: bytes = b""  # train_speedrun.py
     results: dict = field(default_factory=dict)  # {file name: what the referee wrote}
     readme: str = ""
+    timing: dict = field(default_factory=dict)  # what compare.py --race wrote
 
     @property
     def track(self) -> str:
@@ -153,6 +154,22 @@ def read_results(path: Path) -> dict:
     return results
 
 
+def read_timing(path: Path) -> dict:
+    """What compare.py --race wrote: its `key: value` lines, the numbers as such. UserError."""
+    try:
+        found = dict(re.findall(r"^(\w+): (.*)$", read(path).decode(), re.M))
+        for side in ("predecessor", "record"):
+            found[f"{side}_steps"] = int(found[f"{side}_steps"])
+            seconds = [float(text) for text in found[f"{side}_seconds"].split()]
+            if not seconds or not all(0 < value < math.inf for value in seconds):
+                raise ValueError(f"{side}_seconds")
+            found[f"{side}_seconds"] = seconds
+            found[f"{side}_sha256"], found[f"{side}_config"]
+    except (ValueError, LookupError) as error:
+        raise UserError(f"{path}: damaged timing ({error}): run python records/compare.py --race")
+    return found
+
+
 def load_series(path) -> Record:
     """A record's folder, an example's, or a log. Raises UserError."""
     if not Path(path).is_dir():
@@ -166,6 +183,8 @@ def load_series(path) -> Record:
         record.results[file.name] = read_results(file)
     record.source = read(folder / "train_speedrun.py")
     record.readme = read(folder / "README.md").decode(errors="replace")
+    if (folder / "timing.txt").exists():
+        record.timing = read_timing(folder / "timing.txt")
     return record
 
 

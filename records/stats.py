@@ -3,7 +3,8 @@
     python records/stats.py records/<track>/<date>_<Name> [...]    folders, or single logs
       --against FOLDER      the predecessor, in place of the one that the record's README.md names
       --base BRANCH         the published branch; a referee must be on it (origin/main, else main)
-      --plot PATH.png       validation loss of all given, over images and over train seconds
+      --plot PATH.png       a curve of all given, over images and over train seconds, of the
+      --metric NAME         validation loss, or of a metric of their results.json
       --readme              rewrites the tables of valid records in the project's README.md
     python records/stats.py --new records/<track>/<date>_<Name> logs/<run_id> [...]
                             makes the folder of a series: snapshot, logs, results, samples
@@ -28,12 +29,15 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data.common import UserError, write_atomic  # noqa: E402
-from records.checks import (  # noqa: E402
-    TARGET,
-    check_record,
+from records.checks import check_record  # noqa: E402
+from records.races import (  # noqa: E402
+    RACES,
+    TIMING,
+    goal_values,
     load,
     load_predecessor,
-    target_values,
+    reaches_target,
+    times_faster,
 )
 from records.series import Record, parse_log, read, sd  # noqa: E402
 from records.snapshots import reaching_lines  # noqa: E402
@@ -43,33 +47,46 @@ from records.snapshots import reaching_lines  # noqa: E402
 # ---------------------------------------------------------------------------------------------
 
 
-def table(track: str, records: list) -> str:
-    """Markdown of valid records in the order of their race: most images, or seconds, first."""
+def table(name: str, records: list) -> str:
+    """Markdown of a race's valid records, the slowest, or of most images or seconds, first."""
     if not records:
         return "No record yet."
-    target = TARGET[track]
-    metric = target.metric.replace("_", " ")
-    rows = [f"| # | images | {metric} (mean ± sd, n) | what | date | seconds | log |"]
-    rows.append("|---|---|---|---|---|---|---|")
-    ordered = sorted(records, key=lambda record: -fmean(record.all(target.race)))
+    race = RACES[name]
+    by_time = race.cost == TIMING
+    goals = [goal for goal in race.goals if not goal.metric.startswith("copies")]
+    titles = [f"{goal.metric.replace('_', ' ')} (mean ± sd, n)" for goal in goals]
+    titles = ["#", *["times faster"] * by_time, "images", *titles, "what", "date", "seconds", "log"]
+    rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    if by_time:
+        start = next((x for x in records if x.folder.name == race.baseline), None)
+        more = ">= " if start and not reaches_target(start) else ""  # it had to train longer
+        ordered = sorted(records, key=times_faster)
+    else:
+        ordered = sorted(records, key=lambda record: -fmean(record.all(race.cost)))
     for number, record in enumerate(ordered, 1):
-        values = target_values(record)
-        link = f"records/{track}/{record.folder.name}"
+        link = f"records/{name}/{record.folder.name}"
         heading = re.search(r"^#+ *(.*\S)", record.readme, re.M)
         what = heading[1].replace("|", "/") if heading else record.folder.name
-        seconds = fmean(record.all("train_time_s"))
         log = record.logs[0]
-        rows.append(
-            f"| {number} | {log['images']:,} | {fmean(values):.5f} ± {sd(values):.5f}, "
-            f"{len(values)} | [{what}]({link}) | {record.folder.name[:10]} | {seconds:,.1f} on "
-            f"{log['hardware']} | [log]({link}/{log['path'].name}) |"
-        )
+        cells = [str(number)]
+        if by_time:
+            factor = times_faster(record)
+            cells.append("1" if factor == 1 else f"{more}{factor:.2f}")
+        cells.append(f"{log['images']:,}")
+        for goal in goals:
+            values = goal_values(record, goal)
+            digits = 1 if fmean(values) > 10 else 3 if by_time else 5
+            cells.append(f"{fmean(values):.{digits}f} ± {sd(values):.{digits}f}, {len(values)}")
+        cells += [f"[{what}]({link})", record.folder.name[:10]]
+        cells.append(f"{fmean(record.all('train_time_s')):,.1f} on {log['hardware']}")
+        cells.append(f"[log]({link}/{log['path'].name})")
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
-def with_table(text: str, track: str, rows: str) -> str:
-    """README.md's text with the track's table replaced. Raises UserError without both markers."""
-    start = f"<!-- records:{track} -->"
+def with_table(text: str, name: str, rows: str) -> str:
+    """README.md's text with the race's table replaced. Raises UserError without both markers."""
+    start = f"<!-- records:{name} -->"
     end = "<!-- /records -->"
     old = re.search(f"{start}((?!<!-- ).)*{end}", text, re.S)
     if not old:
@@ -78,11 +95,13 @@ def with_table(text: str, track: str, rows: str) -> str:
 
 
 def write_readme(root: Path, base: str):
-    """Both tables, of the records that pass every check; the others are named on standard error."""
-    text = read(root / "README.md").decode()
-    for track in TARGET:
+    """The tables, of the records that pass every check; the others are named on standard error.
+
+    That of a race with a README.md of its own is there.
+    """
+    for name in RACES:
         valid = []
-        for folder in sorted((root / "records" / track).glob("[0-9]*_*/")):
+        for folder in sorted((root / "records" / name).glob("[0-9]*_*/")):
             try:
                 record = load(folder)
                 checks = check_record(record, root, load_predecessor(record), base)
@@ -93,26 +112,49 @@ def write_readme(root: Path, base: str):
                 say(f"stats.py: not in the table: {folder.name}: {faults[0]}", sys.stderr)
             else:
                 valid.append(record)
-        text = with_table(text, track, table(track, valid))
-    write_atomic(root / "README.md", lambda path: path.write_bytes(text.encode()))
+        path = root / "records" / name / "README.md"
+        rows = table(name, valid)
+        if path.exists():
+            rows = rows.replace(f"](records/{name}/", "](")
+        else:
+            path = root / "README.md"
+        text = with_table(read(path).decode(), name, rows).encode()
+        write_atomic(path, functools.partial(Path.write_bytes, data=text))
 
 
-def draw_curves(records: list, path: Path):
-    """Validation loss over images and over train seconds: the mean of each, its seeds faint."""
+def curves(record: Record, metric: str) -> list:
+    """[(images, train seconds, value)] of each run: the logs' loss, or of each refereed run."""
+    if metric == "val_loss":
+        return record.all("points")
+    runs = []
+    for results in record.results.values():
+        points = []
+        for point in results.get("checkpoints", []):
+            if metric in point["metrics"]:
+                points.append((point["images"], point["seconds"], point["metrics"][metric]))
+        if points:
+            runs.append(points)
+    if not runs:
+        raise UserError(f"{record.folder}: no results have a curve of {metric}")
+    return runs
+
+
+def draw_curves(records: list, metric: str, path: Path):
+    """A metric over images and over train seconds: the mean of each record, its seeds faint."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for column, label in enumerate(("images seen", "train seconds")):
         for number, record in enumerate(records):
-            images = {tuple(point[0] for point in log["points"]) for log in record.logs}
-            if len(images) > 1:
-                raise UserError(f"{record.folder}: logs of different lengths have no mean curve")
-            seeds = np.array(record.all("points"))[..., [column, 2]]  # (n, validations, 2)
+            runs = curves(record, metric)
+            if len({tuple(point[0] for point in run) for run in runs}) > 1:
+                raise UserError(f"{record.folder}: runs of different lengths have no mean curve")
+            seeds = np.array(runs)[..., [column, 2]]  # (n, checkpoints, 2)
             name = f"{record.folder.name}, {len(seeds)}"
             axes[column].plot(*seeds.T, f"C{number}", alpha=0.2, lw=0.8)
             axes[column].plot(*seeds.mean(0).T, f"C{number}.-", label=name)
-        axes[column].set(xlabel=label, ylabel="validation loss")
+        axes[column].set(xlabel=label, ylabel=metric.replace("val_loss", "validation loss"))
         axes[column].grid(alpha=0.3)
     axes[1].legend(title="mean of n runs")
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
@@ -121,7 +163,7 @@ def draw_curves(records: list, path: Path):
 def new_record(folder: Path, runs: list):
     """A record's folder (or its paired/, then logs alone) of finished runs. Raises UserError.
 
-    One of the runs has been refereed: its files are the record's.
+    The files of the first run that has been refereed are the record's, of others their results.
     """
     logs = [parse_log(Path(run, "log.txt")) for run in runs]
     refereed = [Path(run) for run in runs if Path(run, "results.json").is_file()]
@@ -135,6 +177,9 @@ def new_record(folder: Path, runs: list):
     if not paired:
         for name in ("train_speedrun.py", "results.json", "samples.png", "curve.png"):
             copies[name] = refereed[0] / name
+        for run in refereed[1:]:
+            seed = parse_log(run / "log.txt")["seed"]
+            copies[f"results_seed{seed}.json"] = run / "results.json"
     for name, source in copies.items():
         write_atomic(folder / name, functools.partial(Path.write_bytes, data=read(source)))
     if not paired and not (folder / "README.md").exists():
@@ -143,7 +188,7 @@ def new_record(folder: Path, runs: list):
             "Predecessor: <folder>",
             "What it is, where it is from.",
         )
-        (folder / "README.md").write_text("\n\n".join([*lines, "## paired\n"]))
+        (folder / "README.md").write_text("\n\n".join(lines) + "\n")
     print(f"{folder}: {', '.join(sorted(copies))}")
 
 
@@ -188,6 +233,7 @@ def main(argv=None) -> int:
     parser.add_argument("--against", type=Path, help="the folder of the record they improve on")
     parser.add_argument("--base", default="", help="the published branch: origin/main, else main")
     parser.add_argument("--plot", type=Path, help="the picture to write: PATH.png")
+    parser.add_argument("--metric", default="val_loss", help="of --plot")
     parser.add_argument("--readme", action="store_true", help="rewrite the tables in README.md")
     parser.add_argument("--new", type=Path, help="the record's folder to make of runs, logs/<id>")
     arguments = parser.parse_args(argv)
@@ -200,7 +246,7 @@ def main(argv=None) -> int:
         records = [load(path) for path in arguments.paths]
         valid = [print_record(record, arguments.against, arguments.base) for record in records]
         if arguments.plot:
-            draw_curves(records, arguments.plot)
+            draw_curves(records, arguments.metric, arguments.plot)
         if arguments.readme:
             write_readme(ROOT, arguments.base)
     except UserError as error:

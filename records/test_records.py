@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_speedrun as ts
 from data.common import key_of, read_contract, sha256
 from data.testing import CONFIG, ENV, ROOT, TRACK, python, racer, refuses
-from records import checks, compare, series, snapshots, stats, trace
+from records import checks, compare, race, series, snapshots, stats, trace
+from records import races as races_of
 
 LOSSES = (0.1890, 0.1894, 0.1887, 0.1891)
 PAIRED = (0.1891, 0.1882, 0.1889, 0.1886)  # of the same idea, in as many steps as
@@ -121,12 +122,13 @@ def base(tmp_path_factory, trained) -> Path:
 @pytest.fixture
 def project(base, tmp_path, monkeypatch) -> Path:
     """A copy of it, with a target for tiny, and for imagenet256 as it is."""
-    targets = dict(tiny=checks.Target("val_loss", 0.195, 0.0002, "images", 2.0))
-    targets["imagenet256"] = checks.TARGET["imagenet256"]
+    goal = races_of.Goal("val_loss", 0.195, 0.0002)
+    races = dict(tiny=races_of.Race("tiny", (goal,), "images", 2.0))
+    races["imagenet256"] = checks.RACES["imagenet256"]
     source = (base / BETTER / "train_speedrun.py").read_text()
-    contracts = {track: read_contract(source, track).sha256 for track in targets}
-    monkeypatch.setattr(checks, "TARGET", targets)
-    monkeypatch.setattr(stats, "TARGET", targets)
+    contracts = {track: read_contract(source, track).sha256 for track in races}
+    for module in (checks, races_of, stats):
+        monkeypatch.setattr(module, "RACES", races)
     monkeypatch.setattr(snapshots, "CONTRACTS", contracts)
     monkeypatch.setattr(stats, "ROOT", tmp_path / "project")
     return shutil.copytree(base, tmp_path / "project")
@@ -209,7 +211,7 @@ log_seed3.txt | target: | \b0.18910\b > 0.22
 log_seed3.txt | 2 log_seed3.txt is not a finished run's whole log | ^={100}$ > =; ^seed: > seed: x
 log_seed3.txt | 2 whole log (its last | ^(val_loss: 0.1).* > \g<1>; ^val_loss.* > val_loss: nan
 log_seed?.txt | 2 log.txt is missing | gone >
-log_seed?.txt | 2 of the track 'mnist' | ^track: tiny > track: mnist
+log_seed?.txt | folder: & contract: a training | ^track: tiny > track: mnist
 samples.png | samples.png: | gone >
 train_speedrun.py | snapshot: & contract: its title & results.json: code | \
     ^import re > # Contract: x\nimport re
@@ -286,7 +288,7 @@ def test_a_broken_condition_is_refused_for_its_cause_alone(
 
 
 def test_the_published_folders_verify_under_the_first_contract(tmp_path):
-    folders = sorted((ROOT / "records/cifar10").glob("2026-11-20_*"))
+    folders = sorted((ROOT / "records").glob("cifar10*/2026-11-20_*"))
     done = python(tmp_path, ROOT / "records/stats.py", *folders)
     assert len(folders) == 6 and done.stderr == "" and "FAIL" not in done.stdout
     assert done.stdout.count("ok   contract: the first") == 6
@@ -344,49 +346,103 @@ def test_a_record_passes_with_its_statistics(project, call, faults, monkeypatch)
 
 
 def test_target_floor_fid_and_the_series_that_fixes_the_target(project, monkeypatch, faults):
-    rule = checks.Target("val_loss", None, 0.001, "images")
+    def race_to(*goal, **options):
+        race = races_of.Race("tiny", (races_of.Goal(*goal),), "images", **options)
+        monkeypatch.setitem(checks.RACES, "tiny", race)
+
     for value, wanted in ((0.19022, ""), (0.19021, "target:"), (None, "")):  # floor 0.002326 / 2
-        monkeypatch.setitem(checks.TARGET, "tiny", replace(rule, value=value))
+        race_to("val_loss", value, 0.001)
         assert_starts(faults(project / BETTER), wanted)
-    first = Path(FIRST).name
+    for value, wanted in ((0.1878, ""), (0.1879, "target:")):  # the other way round
+        race_to("val_loss", value, 0.001, True)
+        assert_starts(faults(project / BETTER), wanted)
     other = "target: & README.md: no predecessor"
-    for value, name, wanted in (
-        (0.1951, first, ""),
-        (0.1952, first, "target:"),
-        (0.1951, "", other),
-    ):
-        monkeypatch.setitem(checks.TARGET, "tiny", replace(rule, value=value, baseline=name))
+    for name, wanted in ((Path(FIRST).name, ""), ("", other)):
+        race_to("val_loss", 0.1951, 0.001, baseline=name)
         assert_starts(faults(project / FIRST), wanted)
-    monkeypatch.setitem(checks.TARGET, "tiny", checks.Target("FID-50k", 3.49, 0.02, "images"))
+        assert not races_of.reaches_target(races_of.load(project / FIRST))
+    race_to("FID-50k", 3.49, 0.02)
+    for seed in (1, 2, 3):  # each run is refereed
+        log = series.parse_log(project / BETTER / f"log_seed{seed}.txt")
+        results = json.loads((project / BETTER / "results.json").read_text())
+        results |= dict(run_id=log["run_id"], seed=seed, val_loss=log["val_loss"])
+        (project / BETTER / f"results_seed{seed}.json").write_text(json.dumps(results))
+    for path in (project / BETTER).glob("results_seed*"):
+        edit(path, '"metrics": {', '"metrics": {"FID-50k": 3.46, ')
+        edit(path, r'"protocol": \{', '"protocol": {"inception": {"weights": "0123456789abcdef"}, ')
     path = project / BETTER / "results.json"
     edit(path, r'"protocol": \{', '"protocol": {"inception": {"weights": "0123456789abcdef"}, ')
-    for fid, wanted in (("3.44", ""), ("3.45", "target: FID-50k"), ("null", "target: FID-50k")):
+    for fid, wanted in (("3.48", ""), ("3.49", "target: FID-50k"), ("null", "target: FID-50k")):
         edit(path, '"metrics": {("FID-50k": [^,]*, )?', f'"metrics": {{"FID-50k": {fid}, ')
         assert_starts(faults(project / BETTER), wanted)
-    shutil.copy(path, path.with_name("results_seed0.json"))
-    edit(path, '"FID-50k": null', '"FID-50k": 3.4')
-    assert [str(x) for x in checks.target_values(checks.load(project / BETTER))] == ["3.4", "nan"]
-    found = faults(project / BETTER)
-    assert_starts(found, "results_seed0.json: run & results_seed0.json: val_loss & target:")
+    edit(path, '"FID-50k": null', '"FID-50k": 3.46')
+    assert faults(project / BETTER) == []
+    path.with_name("results_seed3.json").rename(path.with_name("results_seed0.json"))
+    edit(path.with_name("results_seed0.json"), '"seed": 3', '"seed": 0')
+    assert_starts(faults(project / BETTER), "results_seed0.json: run")
+    path.with_name("results_seed0.json").unlink()
+    assert_starts(faults(project / BETTER), "target: FID-50k 3.46000 of 3,")
 
 
 def test_the_race_by_seconds_needs_one_machine_and_orders_the_table(project, monkeypatch, faults):
-    rule = replace(checks.TARGET["tiny"], race="train_time_s")
-    monkeypatch.setitem(checks.TARGET, "tiny", rule)
+    rule = replace(checks.RACES["tiny"], cost="train_time_s")
+    monkeypatch.setitem(checks.RACES, "tiny", rule)
     folder = project / BETTER
     assert_starts(faults(folder), "paired race:")
     for old, new, wanted in (("100", "90", ""), ("H200", "H100", "paired race:")):
         for path in folder.glob("log_seed*"):
             edit(path, rf"(^train_time_s: |train_time:|NVIDIA ){old}", rf"\g<1>{new}")
         assert_starts(faults(folder), wanted)
-    records = [checks.load(project / name) for name in (BETTER, FIRST)]
-    for race, wanted in (
+    records = [races_of.load(project / name) for name in (BETTER, FIRST)]
+    for cost, wanted in (
         ("train_time_s", ["First", "Better"]),
         ("parameters", ["Better", "First"]),
     ):
-        monkeypatch.setitem(checks.TARGET, "tiny", replace(rule, race=race))
+        monkeypatch.setitem(checks.RACES, "tiny", replace(rule, cost=cost))
         rows = stats.table("tiny", records)
         assert re.findall(r"^\| \d .*\[(\w+): a / b\]", rows, re.M) == wanted
+
+
+def test_a_race_is_timed_by_whole_runs_and_its_factors_stand_in_the_table(
+    project, tmp_path, monkeypatch, call, faults
+):
+    """compare.py's own seconds are of its machine; others stand here in their place."""
+    first = Path(FIRST).name
+    rule = replace(checks.RACES["tiny"], cost=races_of.TIMING, baseline=first)
+    monkeypatch.setitem(checks.RACES, "tiny", rule)
+    record, path = project / BETTER, project / BETTER / "timing.txt"
+    assert_starts(faults(record), "timing.txt: missing")
+    sides = ["--race", project / FIRST, record, "--steps", "3", "--rounds", "1"]
+    monkeypatch.setattr(race, "ROOT", tmp_path)
+    refuses(call(compare, *sides), "data/download.py tiny")
+    monkeypatch.setattr(race, "ROOT", racer(tmp_path / "racer", extra=""))
+    monkeypatch.setattr("records.compare.ROOT", race.ROOT)
+    for name in ("OMP_NUM_THREADS", "PYTHONPATH"):
+        monkeypatch.setenv(name, ENV[name])
+    done = call(compare, *sides)
+    assert done.returncode == 0, done.stderr
+    text = path.read_text()
+    assert text in done.stdout and f"predecessor: {first}\n" in text
+    assert "record_steps: 20\n" in text and "predecessor_steps: 25\n" in text
+    assert len(faults(record)) == 1  # one round
+    for side, seconds in (("predecessor", "10 12"), ("record", "4.2 4.8")):
+        edit(path, f"^{side}_seconds: .*", f"{side}_seconds: {seconds}")
+    assert faults(record) == []
+    for old, new, wanted in (
+        ("4.8", "10.1", "timing.txt: 1.010 of 2026-11-01_First's seconds at most, in 2 rounds"),
+        ("predecessor_steps: 25", "predecessor_steps: 26", "timing.txt: predecessor is not 2026"),
+        ("record_sha256: ", "record_sha256: 0", "timing.txt: record is not 2026-12-01_Better"),
+    ):
+        kept = path.read_text()
+        edit(path, old, new)
+        assert_starts(faults(record), wanted)
+        path.write_text(kept)
+    records = [races_of.load(folder) for folder in (record, project / FIRST)]
+    rows = stats.table("tiny", records)
+    cells = [row.split(" | ")[1:3] for row in rows.splitlines()[2:]]
+    assert cells == [["1", "400"], [">= 2.44", "320"]]  # the baseline has not reached the target
+    edit(path, "4.2 4.8", "4.2 x")
+    refuses(call(stats, record), "timing.txt: damaged timing")
 
 
 def test_a_published_referee_is_accepted_and_no_other(project, call, faults):
@@ -455,7 +511,7 @@ def test_a_picture_is_one_and_text_that_breaks_a_parser_is_one_line(project, fau
 
 
 def test_a_contract_for_show_is_refused_and_no_snapshot_is_run(project, monkeypatch):
-    first = (ROOT / "records/cifar10/2026-11-20_Muon/train_speedrun.py").read_bytes()
+    first = (ROOT / "records/cifar10-loss/2026-11-20_Muon/train_speedrun.py").read_bytes()
     source = (project / BETTER / "train_speedrun.py").read_bytes()
     in_a_string = b"TEXT = r'''\n" + first.replace(b"'''", b"") + b"'''\n"
     cases = [(in_a_string, "2026-11-20", "the first, of 2026-11-20, in a string")]
