@@ -6,6 +6,7 @@
   --last                                    only the last checkpoint: no curve
       --prompt "a frog"                         only samples of one caption: prompt.png
       --export geneval --prompts FILE           only images for an official tool: see export
+  --export adm                              the scored samples, as ADM's .npz and as PNG
     torchrun --nproc_per_node=8 eval_speedrun.py logs/<run_id>      the same numbers on 8 GPUs
     python eval_speedrun.py --self-check        the metrics against published values
 
@@ -48,9 +49,9 @@ from data.common import (
     write_atomic,
 )
 from data.encoders import load_autoencoder
-from data.metrics import BATCH, features_of, named
+from data.metrics import BATCH, digests, features_of, named
 from data.networks import NETWORKS, clip_text
-from data.pictures import draw_curve, draw_grid, to_picture
+from data.pictures import draw_curve, draw_grid, to_picture, write_npz
 from data.reference import reference
 from data.sandbox import Child
 from data.selfcheck import self_check
@@ -397,6 +398,7 @@ class Evaluation:
         self.work = self.run.folder / "evaluation"  # what a killed evaluation continues from
         self.nfe = 0.0  # the most evaluations that any image took
         self.metrics = {}  # of the last checkpoint
+        self.samples_sha256 = None  # of its scored samples: sha256 of the sha256 of each image
         random_seed = int.from_bytes(os.urandom(6), "little")
         self.draws_seed = world.same(random_seed)  # of validation draws that nobody knew before
         project = Path(__file__).resolve().parent
@@ -415,7 +417,7 @@ class Evaluation:
 
     def features(self, images_of: Callable, count: int, names: list[str], *source: str) -> dict:
         """What these networks see in `count` images; source: what the images are, then a hash."""
-        networks = {name: self.panel.networks[name] for name in names}
+        networks = {name: self.panel.networks[name] for name in names} | {"": digests}
         folder = self.work / key_of(*source, self.referee, self.rules, self.panel.protocol, names)
         return features_of(images_of, count, networks, folder, self.world, source[0])
 
@@ -465,6 +467,7 @@ class Evaluation:
             if count == self.curve_count:  # those of the curve are known
                 names = [name for name in names if name not in self.curve_names]
             self.metrics = point["metrics"] | self.panel.scores(names, features, count)
+            self.samples_sha256 = sha256(features["digest"].cpu().numpy().tobytes())
         return point
 
     def budget(self) -> dict:
@@ -523,6 +526,7 @@ def evaluate(
         "metrics": evaluation.metrics | dict.fromkeys(panel.why_null),
         "why_null": panel.why_null,
         "real": ceiling,
+        "samples_sha256": evaluation.samples_sha256,
         "images": points[-1]["images"],
         "train_seconds": points[-1]["seconds"],
         **budget,
@@ -596,16 +600,35 @@ def read_prompts(path: Path, tool: str) -> tuple[list, list[str]]:
     return entries, wanted
 
 
-def export(folder: Path, tool: str, prompts: Path, world: World) -> Path:
-    """Images of an official prompt file, laid out as the official tool reads them.
+def export(folder: Path, tool: str, prompts: Path | None, world: World, count: int = 0) -> Path:
+    """Images laid out as an official tool reads them: of its prompt file, or those that are scored.
 
+    adm        000000.png and samples.npz, its evaluator's: arr_0, uint8 (count, H, W, 3)
     geneval    00000/metadata.jsonl (the prompt's line) and 00000/samples/00000.png to 00003.png
     geneval2   00000.png and image_filepaths.json {prompt: path}, its --image_filepath_data
     hpsv3      00000.png with its prompt in 00000.txt, for evaluate/benchmark.py --image_folders
     prompts: see read_prompts. A killed export continues. Raises UserError.
     """
-    entries, wanted = read_prompts(prompts, tool)
+    run = load_run(folder, world.device)
     out = Path(folder, tool).resolve()
+    with run.child:
+        if tool == "adm":
+            captions = read_captions(run.track.name)
+            rows = captions.balanced(count or IMAGES[run.track.dtype])
+            files = [out / f"{i:06d}.png" for i in range(len(rows))]
+        else:
+            wanted, rows, files = lay_out(out, tool, prompts)
+            captions = any_captions(run, wanted)
+        draw_files(run, captions, rows, files, world)
+    world.wait()
+    if tool == "adm" and world.rank == 0:
+        write_atomic(out / "samples.npz", lambda path: write_npz(files, path))
+    return out
+
+
+def lay_out(out: Path, tool: str, prompts: Path) -> tuple[list[str], list[int], list[Path]]:
+    """The prompts, each image's prompt by number, and its file; writes the tool's texts."""
+    entries, wanted = read_prompts(prompts, tool)
     copies = 4 if tool == "geneval" else 1
     files = []
     texts = {}  # of each file that the tool wants beside the images
@@ -622,22 +645,23 @@ def export(folder: Path, tool: str, prompts: Path, world: World) -> Path:
         texts[out / "image_filepaths.json"] = json.dumps(file_of_prompt)
     for path, text in texts.items():
         write_atomic(path, lambda file, text=text: file.write_text(text))
-    run = load_run(folder, world.device)
-    with run.child:
-        captions = any_captions(run, wanted)
-        model = Model(run, run.checkpoints[-1][0], len(files))
-        sampler = Sampler(run, model, captions, world.device)
-        starts = range(0, len(files), BATCH)
-        for start in progress(starts[world.rank :: world.size], f"images for {tool}"):
-            part = range(start, min(start + BATCH, len(files)))
-            if all(files[i].is_file() for i in part):
-                continue
-            images = sampler([i // copies for i in part], start)
-            for i, image in zip(part, images, strict=True):
-                picture = to_picture(image)
-                save = lambda file, picture=picture: picture.save(file, format="PNG")  # noqa: E731
-                write_atomic(files[i], save)
-    return out
+    return wanted, [i // copies for i in range(len(files))], files
+
+
+def draw_files(run: Run, captions: Captions, rows: list[int], files: list[Path], world: World):
+    """Image i of caption row rows[i] -> files[i], where it is not there yet. Raises UserError."""
+    model = Model(run, run.checkpoints[-1][0], len(files))
+    sampler = Sampler(run, model, captions, world.device)
+    starts = range(0, len(files), BATCH)
+    for start in progress(starts[world.rank :: world.size], "images to export"):
+        part = range(start, min(start + BATCH, len(files)))
+        if all(files[i].is_file() for i in part):
+            continue
+        images = sampler([rows[i] for i in part], start)
+        for i, image in zip(part, images, strict=True):
+            picture = to_picture(image)
+            save = lambda file, picture=picture: picture.save(file, format="PNG")  # noqa: E731
+            write_atomic(files[i], save)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -694,7 +718,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--metrics", nargs="+", choices=metrics, default=[])
     parser.add_argument("--last", action="store_true", help="only the last checkpoint: no curve")
     parser.add_argument("--prompt", help="only draw samples of this caption")
-    tools = ("geneval", "geneval2", "hpsv3")
+    tools = ("adm", "geneval", "geneval2", "hpsv3")
     parser.add_argument("--export", choices=tools, help="only images for this tool")
     parser.add_argument("--prompts", type=Path, help="the official prompt file of --export")
     parser.add_argument("--self-check", action="store_true", help="against published values")
@@ -713,8 +737,8 @@ def refuse_arguments(args: argparse.Namespace):
         raise UserError(f"give 10 or more --images, and at most {MOST_IMAGES:,}")
     if args.prompt is not None and not args.prompt.strip():
         raise UserError("--prompt is empty: give a caption")
-    if bool(args.export) != bool(args.prompts):
-        raise UserError("give --export with --prompts, the tool's own prompt file")
+    if bool(args.export not in (None, "adm")) != bool(args.prompts):
+        raise UserError("give --export of a tool with --prompts, its own prompt file; adm has none")
 
 
 def referee_run(args: argparse.Namespace, world: World):
@@ -743,7 +767,8 @@ def main(argv: list[str] | None = None) -> int:
         elif args.prompt:
             print("samples:", draw_prompt(args.run, args.prompt, world))
         elif args.export:
-            print("samples:", export(args.run, args.export, args.prompts, world))
+            out = export(args.run, args.export, args.prompts, world, args.images or 0)
+            print("samples:", out)
         else:
             referee_run(args, world)
     except UserError as error:

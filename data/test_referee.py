@@ -3,10 +3,12 @@
 Attacks are code that a racer could add to a snapshot, each with the line that refuses it.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -509,6 +511,24 @@ def test_export_is_what_the_official_tool_reads(tool, place, refused, capsys):
     Path("prompts").write_text('{"text": 1}')
     refused(*command, words=("prompts is not a prompt file", f"give {tool}'s"))
     assert not out.exists()
+
+
+def test_adms_npz_holds_the_samples_that_were_scored(trained, place, refused):
+    """Read as ADM's evaluator does: the header, then rows. results.json has their hash."""
+    command = [str(place), "--export", "adm"]
+    refused(*command, "--prompts", "x", words=("adm has none",))
+    assert ev.main([*command, "--images", "20"]) == 0
+    with zipfile.ZipFile(place / "adm/samples.npz") as archive, archive.open("arr_0.npy") as file:
+        assert np.lib.format.read_magic(file) == (1, 0)
+        header = np.lib.format.read_array_header_1_0(file)
+        assert header == ((20, 8, 8, 3), False, np.dtype("uint8"))
+        images = np.frombuffer(file.read(), "uint8").reshape(header[0])
+    assert (np.load(place / "adm/samples.npz")["arr_0"] == images).all()
+    for i, image in enumerate(images):
+        assert (np.asarray(Image.open(place / f"adm/{i:06d}.png")) == image).all()
+    of_each = [hashlib.sha256(image.transpose(2, 0, 1).tobytes()).digest() for image in images]
+    results = json.loads((trained / "results.json").read_text())
+    assert results["samples_sha256"] == hashlib.sha256(b"".join(of_each)).hexdigest()
 
 
 SCRIPT = """

@@ -1,4 +1,7 @@
-"""The races: what a series must reach, by how much each record is faster, where they begin."""
+"""The races: what a series must reach, by how much each record is faster, where they begin.
+
+A goal's floor of sigma is what another noise for the samples changes alone, see records/noise.py.
+"""
 
 import math
 import re
