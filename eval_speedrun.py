@@ -758,10 +758,10 @@ def referee_run(args: argparse.Namespace, world: World):
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line `argv`. Returns the exit code."""
     args = parse_arguments(argv)
-    world = World()
     status = 0
     try:
         refuse_arguments(args)
+        world = World()
         if args.self_check:
             status = self_check(world)
         elif args.prompt:

@@ -37,14 +37,22 @@ class UserError(Exception):
 
 
 class World:
-    """This process among torchrun's. They share the images out and wait for each other's files."""
+    """This process among torchrun's. They share the images out and wait for each other's files.
+
+    Raises UserError where the environment is not torchrun's.
+    """
 
     def __init__(self):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        given = {name: os.environ.get(name, default) for name, default in names.items()}
+        numbers = [int(x) if re.fullmatch("[0-9]{1,9}", x) else -1 for x in given.values()]
+        self.rank, self.size, local_rank = numbers
+        has_launcher = self.size == 1 or "MASTER_PORT" in os.environ
+        if min(numbers) < 0 or self.rank >= self.size or not has_launcher:
+            raise UserError(f"{given} are not torchrun's: unset them, or start with torchrun")
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
         else:
             keep_freed_memory()

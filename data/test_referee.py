@@ -607,7 +607,7 @@ REQUESTS = {
 }
 
 
-def test_unknown_requests_are_one_line(place, refused, capsys):
+def test_unknown_requests_are_one_line(place, refused, capsys, monkeypatch):
     for name, text in {"empty": "", "blank": '[{"prompt": " "}]', "number": "[1]"}.items():
         Path(name).write_text(text)
     refused("nowhere", words=("logs/<run_id>",))
@@ -617,4 +617,8 @@ def test_unknown_requests_are_one_line(place, refused, capsys):
     assert np.asarray(Image.open(place / "prompt.png")).shape[1] == 8 * 100
     for arguments, words in REQUESTS.items():
         refused(place, *arguments.split("|"), words=words)
+    for variable in ("WORLD_SIZE=abc", "WORLD_SIZE=0", "WORLD_SIZE=2", "WORLD_SIZE=²", "RANK=5"):
+        with monkeypatch.context() as patch:
+            patch.setenv(*variable.split("="))
+            refused(place, words=("are not torchrun's",))
     assert not (place / "results.json").exists()

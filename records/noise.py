@@ -63,8 +63,8 @@ def main(argv=None) -> int:
     parser.add_argument("run", type=Path, help="folder of a run: logs/<run_id>")
     parser.add_argument("--images", type=int, default=6000, help="samples to draw in all")
     arguments = parser.parse_args(argv)
-    world = World()
     try:
+        world = World()
         lines = study(arguments.run, arguments.images, world)
     except UserError as error:
         print(f"noise.py: {error}", file=sys.stderr)

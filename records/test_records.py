@@ -518,7 +518,7 @@ def test_a_contract_for_show_is_refused_and_no_snapshot_is_run(project, monkeypa
     cases += [(first, "2026-11-21", "one Track('cifar10', ...)")]
     for head in (b'count: int = open("ran", "w")', b'count: open("ran", "w")'):
         attack = source.replace(b"Track, count: int", b"Track, " + head)
-        cases += [(attack, "2026-12-01", "validation_draws runs code where it is defined")]
+        cases += [(attack, "2026-12-01", "contract: edited: ")]
     monkeypatch.chdir(project)
     for snapshot, date, line in cases:
         passed, found = snapshots.check_contract(snapshot, "cifar10", date)
