@@ -63,8 +63,9 @@ def reference(track: SimpleNamespace, name: str, network, world: World) -> tuple
         tensors = summary(features, network.reference_rows)
         tensors["label"] = labels[rows]
         if hasattr(network, "compare"):
-            test_images = real_images(track, "val")[0][: network.test_images]
-            test = seen(test_images, "val")
+            test_images, test_labels, _ = real_images(track, "val")
+            test = seen(test_images[: network.test_images], "val")
+            test["label"] = test_labels[: network.test_images]
             tensors |= network.compare(features, test, images)
             tensors |= {f"test.{name}": value.cpu() for name, value in test.items()}
         if track.dtype != "uint8" and name == "inception":

@@ -360,6 +360,11 @@ def test_every_network_scores_in_one_pass(scored, monkeypatch):
     for path, name in zip(references, ("dinov2", "inception", "lite"), strict=True):
         with safe_open(path, "pt") as file:
             assert json.loads(file.metadata()["protocol"]) == results["protocol"][name]
+    labels = read_split("tiny", "val")[1][:12]  # the real images' accuracy is of their own labels
+    with safe_open(references[-1], "pt") as file:
+        assert (
+            file.get_tensor("test.label").tolist() == labels.tolist() and len(labels.unique()) > 1
+        )
     inception = networks.FIDInception(scored.inception)
     real = inception(read_split("tiny", "train")[0][:12])[0]
     fid = frechet(real, inception(torch.cat(scored.batches[2:4]))[0])
