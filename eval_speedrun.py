@@ -427,7 +427,7 @@ class Evaluation:
         for name in self.curve_names:
             reference = self.panel.real[name].items()
             test = {key[5:]: tensor for key, tensor in reference if key.startswith("test.")}
-            for count in {self.curve_count, self.count} if test else ():
+            for count in sorted({self.curve_count, self.count}) if test else ():
                 if count <= len(test["label"]):
                     real |= self.panel.scores([name], test, count)
         return real
@@ -526,6 +526,7 @@ def evaluate(
         "metrics": evaluation.metrics | dict.fromkeys(panel.why_null),
         "why_null": panel.why_null,
         "real": ceiling,
+        "samples": evaluation.count,
         "samples_sha256": evaluation.samples_sha256,
         "images": points[-1]["images"],
         "train_seconds": points[-1]["seconds"],
@@ -669,6 +670,13 @@ def draw_files(run: Run, captions: Captions, rows: list[int], files: list[Path],
 # ---------------------------------------------------------------------------------------------
 
 
+def scored(results: dict) -> dict:
+    """The metrics of all samples that have a value: not those of the curve."""
+    count = named("", results["samples"])
+    metrics = results["metrics"].items()
+    return {name: value for name, value in metrics if name.endswith(count) and value is not None}
+
+
 def markdown_row(results: dict) -> str:
     """The row to paste into a README or a pull request, under its header."""
     row = {
@@ -676,9 +684,8 @@ def markdown_row(results: dict) -> str:
         "config": results["config"],
         "val loss": f"{results['val_loss']:.5f}",
     }
-    for name, value in results["metrics"].items():
-        if value is not None:
-            row[name] = f"{value:.4g}"
+    for name, value in scored(results).items():
+        row[name] = f"{value:.4g}"
     row["train time"] = f"{results['train_seconds']:.1f} s"
     row["images"] = f"{results['images']:,}"
     row["NFE"] = f"{results['nfe']:g}"
@@ -697,15 +704,15 @@ def beside_record(results: dict) -> str:
     )
     record = {}
     for folder in folders:
+        text = folder / "README.md"
         path = folder / "results.json"
-        if re.search("^Predecessor:", (folder / "README.md").read_text(), re.M) and path.is_file():
+        if text.is_file() and path.is_file() and "\nPredecessor: " in text.read_text():
             record = json.loads(path.read_text())["metrics"]
     parts = []
-    for name, value in results["metrics"].items():
+    for name, value in scored(results).items():
         others = (("the record", record.get(name)), ("real images", results["real"].get(name)))
-        if value is not None:
-            known = [f"{what} {number:.3g}" for what, number in others if number is not None]
-            parts.append(f"{name} {value:.3g}" + (f" ({', '.join(known)})" if known else ""))
+        known = [f"{what} {number:.3g}" for what, number in others if number is not None]
+        parts.append(f"{name} {value:.3g}" + (f" ({', '.join(known)})" if known else ""))
     return "; ".join(parts)
 
 
