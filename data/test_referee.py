@@ -455,6 +455,24 @@ def test_network_that_cannot_be_had_is_null_with_the_reason(trained, place, monk
     assert "SPEEDRUN_WEIGHTS" in panel.why_null["prompt-accuracy-20"]
 
 
+def test_a_run_stands_beside_the_tracks_last_record_and_the_real_images(
+    trained, tmp_path, monkeypatch
+):
+    results = json.loads((trained / "results.json").read_text())
+    results |= dict(samples=2000, real={"KD-lite-2k": 0.2})
+    results["metrics"] = {"KD-lite-250": 7, "KD-lite-2k": 131.46, "FID-2k": None}
+    monkeypatch.setattr(ev, "__file__", str(tmp_path / "eval_speedrun.py"))
+    assert ev.beside_record(results) == "KD-lite-2k 131 (real images 0.2)"
+    for name, text, value in (("1_Old", "Predecessor: x", 9), ("2_Base", "", 3), ("2_None", "", 0)):
+        folder = tmp_path / "records/tiny" / f"202{name}"
+        folder.mkdir(parents=True)
+        if value:
+            (folder / "README.md").write_text(f"# A\n\n{text}\n")
+            (folder / "results.json").write_text(json.dumps({"metrics": {"KD-lite-2k": value}}))
+    assert ev.beside_record(results) == "KD-lite-2k 131 (the record 9, real images 0.2)"
+    assert "| KD-lite-2k |" in ev.markdown_row(results) and "250" not in ev.markdown_row(results)
+
+
 def test_curve_is_of_one_protocol(trained, tmp_path):
     results = json.loads((trained / "results.json").read_text())
     other = results | {"run_id": "another"}
