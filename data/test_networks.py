@@ -234,6 +234,12 @@ def test_lite_takes_the_wheels_names_and_scales_pixels(tmp_path, monkeypatch):
             networks.Lite(captions, CPU)
 
 
+def test_reference_images_are_the_first_of_each_label():
+    labels = torch.tensor([2, 0, 0, 1, 0, 2, 1, 1])
+    assert reference.balanced_rows(labels, 6).tolist() == [0, 1, 2, 3, 5, 6]
+    assert reference.balanced_rows(labels, 8).tolist() == list(range(8))
+
+
 def test_lites_metrics_see_distance_class_and_copies():
     """Copies also where the reference has not looked: by the thumbnails of all images, mirrored."""
     torch.manual_seed(0)

@@ -406,7 +406,7 @@ def test_the_race_by_seconds_needs_one_machine_and_orders_the_table(project, mon
 def test_a_race_is_timed_by_whole_runs_and_its_factors_stand_in_the_table(
     project, tmp_path, monkeypatch, call, faults
 ):
-    """compare.py's own seconds are of its machine; others stand here in their place."""
+    """The whole run is so many more steps, and what was on the clock beside them once."""
     first = Path(FIRST).name
     rule = replace(checks.RACES["tiny"], cost=races_of.TIMING, baseline=first)
     monkeypatch.setitem(checks.RACES, "tiny", rule)
@@ -415,15 +415,24 @@ def test_a_race_is_timed_by_whole_runs_and_its_factors_stand_in_the_table(
     sides = ["--race", project / FIRST, record, "--steps", "3", "--rounds", "1"]
     monkeypatch.setattr(race, "ROOT", tmp_path)
     refuses(call(compare, *sides), "data/download.py tiny")
-    monkeypatch.setattr(race, "ROOT", racer(tmp_path / "racer", extra=""))
-    monkeypatch.setattr("records.compare.ROOT", race.ROOT)
-    for name in ("OMP_NUM_THREADS", "PYTHONPATH"):
-        monkeypatch.setenv(name, ENV[name])
+    monkeypatch.setattr(race, "ROOT", racer(tmp_path / "racer"))
+    turns = []
+
+    def output(side, task, folder, processes):
+        turns.append((side.name, side.options.config, side.options.steps, task, processes))
+        step = "step:{0}/3 images:{0} train_loss:1 train_time:{1}ms\n"
+        late = 1000 * ("Better" not in side.name)  # half a second of 2.5 are beside the steps
+        return step.format(2, 2500) + step.format(3, 3500 + late) + "peak_memory_mib: 7\n"
+
+    monkeypatch.setattr("records.compare.Side.output", output)
     done = call(compare, *sides)
     assert done.returncode == 0, done.stderr
+    names = (first, Path(BETTER).name)
+    assert turns == [(name, "tiny", 3, "train", 1) for name in names]
     text = path.read_text()
     assert text in done.stdout and f"predecessor: {first}\n" in text
-    assert "record_steps: 20\n" in text and "predecessor_steps: 25\n" in text
+    assert "predecessor_steps: 25\npredecessor_ms_per_step: 2000.00\n" in text
+    assert "predecessor_seconds: 48.500\n" in text and "record_seconds: 20.500\n" in text
     assert len(faults(record)) == 1  # one round
     for side, seconds in (("predecessor", "10 12"), ("record", "4.2 4.8")):
         edit(path, f"^{side}_seconds: .*", f"{side}_seconds: {seconds}")
