@@ -138,7 +138,7 @@ def read_results(path: Path) -> dict:
     What a file lacks, as older referees wrote less, has a value here that fails the checks.
     """
     missing = {"val_loss": math.nan, "nfe": math.nan, "gflops": None}
-    missing |= {"rules": {}, "metrics": {}, "protocol": {}}
+    missing |= {"rules": {}, "metrics": {}, "protocol": {}, "checkpoints": []}
     try:
         results = missing | json.loads(read(path))
         for part in ("rules", "metrics", "protocol"):

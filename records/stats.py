@@ -123,20 +123,30 @@ def write_readme(root: Path, base: str):
 
 
 def curves(record: Record, metric: str) -> list:
-    """[(images, train seconds, value)] of each run: the logs' loss, or of each refereed run."""
+    """[(images, train seconds, value)] of each run: the logs' loss, or of each refereed run.
+
+    A metric of the last checkpoint alone is one point. Runs that were refereed with --last have a
+    shorter curve than others, and are left out then.
+    """
     if metric == "val_loss":
         return record.all("points")
-    runs = []
-    for results in record.results.values():
-        points = []
-        for point in results.get("checkpoints", []):
-            if metric in point["metrics"]:
-                points.append((point["images"], point["seconds"], point["metrics"][metric]))
-        if points:
-            runs.append(points)
-    if not runs:
-        raise UserError(f"{record.folder}: no results have a curve of {metric}")
-    return runs
+    try:
+        runs = [points_of(results, metric) for results in record.results.values()]
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{record.folder}: its results have damaged checkpoints ({error!r})")
+    longest = max(map(len, runs), default=0)
+    if not longest:
+        raise UserError(f"{record.folder}: no results have {metric}")
+    return [run for run in runs if len(run) == longest]
+
+
+def points_of(results: dict, metric: str) -> list:
+    """[(images, train seconds, value)] of one refereed run."""
+    found = [(point, point["metrics"].get(metric)) for point in results["checkpoints"]]
+    if found and all(value is None for _, value in found):
+        found = [(found[-1][0], results["metrics"].get(metric))]
+    points = [(point["images"], point["seconds"], value) for point, value in found]
+    return [tuple(map(float, point)) for point in points if point[2] is not None]
 
 
 def draw_curves(records: list, metric: str, path: Path):

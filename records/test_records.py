@@ -613,6 +613,20 @@ def test_the_curve_is_the_mean_of_the_seeds(project, call, monkeypatch):
         assert sum((line.get_alpha() or 1) < 0.5 for line in axis.lines) == 5
     edit(folder / "log_seed3.txt", "^(.*images:)160 val", r"\g<1>176 val")
     refuses(call(stats, folder, "--plot", picture), "no mean curve")
+    results = json.loads((folder / "results.json").read_text())
+    first, last = results["checkpoints"]
+    results["metrics"]["KD-lite-2k"] = 9  # of the last checkpoint alone
+    alone = results | {"checkpoints": [last]}  # refereed with --last: no curve
+    for name, value in (("results.json", results), ("results_seed1.json", alone)):
+        (folder / name).write_text(json.dumps(value))
+    record = races_of.load(folder)
+    wanted = [(point["images"], point["metrics"]["KD-lite-20"]) for point in (first, last)]
+    assert [point[::2] for [*run] in stats.curves(record, "KD-lite-20") for point in run] == wanted
+    assert [[x[::2] for x in run] for run in stats.curves(record, "KD-lite-2k")] == [[(320, 9)]] * 2
+    command = [folder, "--plot", picture, "--metric"]
+    refuses(call(stats, *command, "KD-lite-3k"), "no results have KD-lite-3k")
+    (folder / "results.json").write_text(json.dumps(results | {"checkpoints": [{}]}))
+    refuses(call(stats, *command, "KD-lite-20"), "damaged checkpoints")
 
 
 def test_new_makes_a_folder_of_runs_that_are_one_series(base, project, call):
