@@ -47,8 +47,8 @@ RACES = {
     "cifar10": Race(
         track="cifar10",
         goals=(
-            Goal("KD-lite-2k", 130.0, 4.0),
-            Goal("prompt-accuracy-lite-2k", 0.6, 0.01, at_least=True),
+            Goal("KD-lite-2k", 145.0, 2.5),
+            Goal("prompt-accuracy-lite-2k", 0.58, 0.01, at_least=True),
             Goal("copies-lite-2k", 0.03, 0.002),
             Goal("copies-thumbnail-2k", 0.03, 0.002),
         ),
