@@ -60,7 +60,7 @@ def table(name: str, records: list) -> str:
     if by_time:
         start = next((x for x in records if x.folder.name == race.baseline), None)
         more = ">= " if start and not reaches_target(start) else ""  # it had to train longer
-        ordered = sorted(records, key=times_faster)
+        ordered = sorted(records, key=lambda x: (x.folder.name != race.baseline, times_faster(x)))
     else:
         ordered = sorted(records, key=lambda record: -fmean(record.all(race.cost)))
     for number, record in enumerate(ordered, 1):
