@@ -370,7 +370,8 @@ def parse_options(arguments: list) -> argparse.Namespace:
     parser.add_argument("--noise", action="store_true")
     parser.add_argument("--diff", action="store_true")
     options = parser.parse_args(arguments)
-    options.steps = options.steps or (300 if options.race else 100)
+    if options.steps is None:
+        options.steps = 300 if options.race else 100
     if not (3 <= options.steps <= 10 or options.steps % 50 == 0 < options.steps):
         raise UserError("--steps must be 3 .. 10 or a multiple of 50: those are logged")
     if min(options.rounds, options.processes) < 1:

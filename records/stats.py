@@ -99,6 +99,7 @@ def write_readme(root: Path, base: str):
 
     That of a race with a README.md of its own is there.
     """
+    texts = {}  # of each file: all of them are whole before the first is written
     for name in RACES:
         valid = []
         for folder in sorted((root / "records" / name).glob("[0-9]*_*/")):
@@ -118,8 +119,10 @@ def write_readme(root: Path, base: str):
             rows = rows.replace(f"](records/{name}/", "](")
         else:
             path = root / "README.md"
-        text = with_table(read(path).decode(), name, rows).encode()
-        write_atomic(path, functools.partial(Path.write_bytes, data=text))
+        text = texts.get(path) or read(path).decode()
+        texts[path] = with_table(text, name, rows)
+    for path, text in texts.items():
+        write_atomic(path, functools.partial(Path.write_bytes, data=text.encode()))
 
 
 def curves(record: Record, metric: str) -> list:
