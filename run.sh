@@ -54,7 +54,7 @@ fi
 
 if [ "$what" = test ]; then
   [ -z "${2:-}" ] || exec "$python" -m pytest -q test_smoke.py
-  output=$(mktemp)                     # two halves at a time: half of a test is one thread alone
+  output=$(mktemp)                     # two halves at a time: most tests use one thread
   "$python" -m pytest -q data > "$output" 2>&1 &
   half=$!
   trap 'kill $half 2> /dev/null || true; rm -f "$output"' EXIT

@@ -120,9 +120,7 @@ def kernel_distance(
     for _ in range(subsets):
         a = random_rows(x, size, generator)
         b = random_rows(y, size, generator)
-        within = mean_between_different(cubic_kernel(a, a))
-        within += mean_between_different(cubic_kernel(b, b))
-        total += (within - 2 * cubic_kernel(a, b).mean()).item()
+        total += whole_kernel_distance(a, b, mean_within(b))
     return total / subsets
 
 
@@ -156,12 +154,6 @@ def random_rows(x: Tensor, size: int, generator: torch.Generator) -> Tensor:
 def cubic_kernel(a: Tensor, b: Tensor) -> Tensor:
     """(n, D), (m, D) -> (n, m)."""
     return (a @ b.T / a.shape[1] + 1) ** 3
-
-
-def mean_between_different(kernel: Tensor) -> Tensor:
-    """Mean of a square matrix (n, n) without its diagonal: no row is compared with itself."""
-    count = len(kernel)
-    return (kernel.sum() - kernel.trace()) / (count * (count - 1))
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
@@ -221,14 +213,14 @@ def nearest_thumbnail(real: Tensor, fake: Tensor) -> Tensor:
     Thumbnails (N, 3, h, w) and (M, 3, h, w), each less its mean. In float32, since only a share of
     them is counted.
     """
-    both = torch.cat([fake, fake.flip(3)]).flatten(1).float()
-    both = F.normalize(both - both.mean(dim=1, keepdim=True))
-    best = both.new_full((len(both),), -1.0)
-    for part in real.flatten(1).split(10 * ROWS):
-        part = part.float()
-        part = F.normalize(part - part.mean(dim=1, keepdim=True))
-        best = torch.maximum(best, (both @ part.T).amax(dim=1))
-    return torch.maximum(*best.chunk(2))
+
+    def unit(images: Tensor) -> Tensor:
+        values = images.flatten(1).float()
+        return F.normalize(values - values.mean(dim=1, keepdim=True))
+
+    both = unit(torch.cat([fake, fake.flip(3)]))
+    best = [(both @ unit(part).T).amax(dim=1) for part in real.split(10 * ROWS)]
+    return torch.maximum(*torch.stack(best).amax(dim=0).chunk(2))
 
 
 def neighbour_accuracy(cosines: Tensor, rows: Tensor, real_labels: Tensor, labels: Tensor) -> float:

@@ -6,7 +6,8 @@ images uint8 (B, 3, H, W) and their caption rows (a list of B) to {name: feature
     reference_rows   {name: rows} of the real images' features that these metrics need beside mean
                      and covariance (None: all rows); {}: they need no real images at all
     compare          where there is one, real and test images' features -> more of the reference
-    reference_images, test_images    how many it looks at, of each label as many: without it, all
+    reference_images how many training images it looks at, of each label as many; without it, all
+    test_images      with compare: how many test images it looks at, the first ones
     values           real and fake features -> the metrics' values, in the order of their names
     net              what the images pass through: its weights are hashed into results.json
 Definitions follow the sources named, to the resize. SPEEDRUN_WEIGHTS=/folder is searched first, by
@@ -490,7 +491,7 @@ class HPS:
 
 
 def folded(net: nn.Module) -> nn.Module:
-    """A copy whose batch norms are part of the convolutions before them: nearly twice as fast."""
+    """A copy whose batch norms are part of the convolutions before them: fewer passes of memory."""
     net = copy.deepcopy(net)
     for name, module in list(net.named_modules()):
         if isinstance(module, nn.Conv2d):

@@ -38,8 +38,7 @@ def race(options: argparse.Namespace) -> str:
                 side.measure_round(Path(folder))
                 seconds.append(side.fixed[-1] + side.log["steps"] * side.seconds[-1])
                 print(f"round {turn + 1}: {side.name}: {seconds[-1]:.1f} s", flush=True)
-    cuda = torch.cuda.is_available()
-    name = torch.cuda.get_device_name() if cuda else machine(torch.device("cpu"))
+    name = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     lines = [
         "Seconds of whole runs, from compare.py --race: both in turn, of each round one.",
         f"machine: {options.processes} x {name}, torch {torch.__version__}",
