@@ -51,6 +51,7 @@ if ! requirements_met; then
   "$python" -m pip install -q -r requirements.txt > .venv.log 2>&1 ||
     fail "pip could not install requirements.txt (see .venv.log): check network and disk (6 GB)"
 fi
+export TORCHINDUCTOR_VEC_ISA_OK=1  # saves compilation on a CPU its trials of the C++ compiler
 
 if [ "$what" = test ]; then
   [ -z "${2:-}" ] || exec "$python" -m pytest -q test_smoke.py
