@@ -769,6 +769,13 @@ def test_the_report_is_arithmetic_of_what_was_measured(monkeypatch):
     assert text.startswith("2 x the CPU, ") and "scripts: 0 lines only in B, 0 only in A" in text
 
 
+def test_peaks_of_gpus_go_by_their_form():
+    sxm, pcie, nvl = (compare.stated_peak(f"NVIDIA H100 {x}") for x in ("80GB HBM3", "PCIe", "NVL"))
+    assert sxm == compare.stated_peak("NVIDIA H200") > nvl > pcie > 7e14
+    assert compare.stated_peak("NVIDIA H200 NVL") == nvl
+    assert compare.stated_peak("Tesla T4") != compare.stated_peak("Tesla T4")  # not a number
+
+
 BAD_ARGUMENTS = {
     "--steps 11": "--steps must be",
     "--steps 2": "--steps must be",
