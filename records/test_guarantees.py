@@ -581,6 +581,9 @@ def test_commands_refuse_what_they_do_not_know(tmp_path, monkeypatch, refused):
     ):
         done = subprocess.run(["./run.sh", *arguments], capture_output=True, text=True)
         testing.refuses(done, word)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = subprocess.run([ROOT / "records/timing/gpu.sh"], capture_output=True, text=True)
+    testing.refuses(done, "gpu.sh: ", "sees no GPU")
 
 
 MACHINES = {  # config and its GPUS on a machine of so many: processes
