@@ -29,6 +29,8 @@ def features_of(
     images_of(start, stop) -> uint8 (B, 3, H, W), caption rows. Process r takes every
     world.size-th batch; what lies in `folder` from before is not done again.
     """
+    torch.set_float32_matmul_precision("highest")  # TF32 would be seen in the features
+    torch.backends.cudnn.allow_tf32 = False
     starts = range(0, count, BATCH)
     paths = [folder / f"{start}.safetensors" for start in starts]
     mine = range(world.rank, len(starts), world.size)
@@ -37,7 +39,6 @@ def features_of(
             continue
         images, rows = images_of(starts[i], min(starts[i] + BATCH, count))
         images = images.to(world.device)
-        torch.set_float32_matmul_precision("highest")  # whatever the snapshot set
         features = {}
         for network in networks.values():
             for name, value in network(images, rows).items():

@@ -162,11 +162,11 @@ CONFIGS = {
         batch_size=64,
         steps=2400,
         muon_lr=0,
-        adamw_lr=4e-3,
+        adamw_lr=2e-3,
         cooldown=0.0,
         sigma_data=0.0,
         sample_steps=30,
-        guidance=4.0,
+        guidance=8.0,
     ),
     # SiT-B/1 on 8 GPUs: SR-DiT (arXiv 2512.12386) with Muon
     "imagenet256": Config(
