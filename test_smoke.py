@@ -129,18 +129,15 @@ def test_log_parses_and_the_referee_agrees(everything_on):
     assert results["nfe"] == log["sampling_nfe"] == 30  # 10 steps, all of them guided twice
 
 
-def test_every_parameter_is_trained_exactly_once_and_has_an_initialisation():
-    model = ts.Transformer(ALL, TRACK)
+def test_every_parameter_is_trained_exactly_once_and_has_an_initialisation(tiny):
     for muon_lr, names in ((0.02, {"adamw", "muon"}), (0.0, {"adamw"})):
-        optimizers = ts.make_optimizers(model, replace(ALL, muon_lr=muon_lr), ts.World())
-        assert set(optimizers) == names
-        trained = []
-        for optimizer in optimizers.values():
-            trained += map(id, optimizer.param_groups[0]["params"])
-        assert sorted(trained) == sorted(map(id, model.parameters()))
-    model.surprise = torch.nn.Parameter(torch.zeros(2))
+        state = ts.State(replace(ALL, muon_lr=muon_lr), 0, ts.World())
+        assert {shard.rule.__name__ for shard in state.shards} == names
+        trained = [id(p) for shard in state.shards for p in shard.params]
+        assert sorted(trained) == sorted(map(id, state.model.parameters()))
+    state.model.surprise = torch.nn.Parameter(torch.zeros(2))
     with pytest.raises(ValueError, match="surprise"):
-        model.init_weights(0)
+        state.model.init_weights(0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -154,21 +151,21 @@ def test_orthogonalized_matrices_are_near_orthogonal(dtype):
 @pytest.mark.parametrize("shape", [(6, 32, 32), (2, 128, 32), (2, 32, 128)])
 def test_muon_equals_the_plain_rule_matrix_by_matrix(shape):
     torch.manual_seed(1)
-    bank = torch.nn.Parameter(torch.randn(shape))
-    wanted = bank.detach().clone()
+    bank = torch.randn(shape)
+    wanted = bank.clone()
     momentum = 0.0
-    muon = ts.Muon([bank], lr=0.1, momentum=0.9, dtype=torch.float32, world=ts.World())
+    rows = dict(weights=bank, momentum=torch.zeros(shape))
     for _ in range(3):
-        bank.grad = torch.randn(shape)
-        momentum = 0.9 * momentum + 0.1 * bank.grad
-        for i, x in enumerate(0.1 * bank.grad + 0.9 * momentum):
+        gradient = torch.randn(shape)
+        momentum = 0.9 * momentum + 0.1 * gradient
+        for i, x in enumerate(0.1 * gradient + 0.9 * momentum):
             x = x / (x.norm() * 1.02 + 1e-6)
             for a, b, c in ts.POLAR_EXPRESS:
                 gram = x @ x.T
                 x = a * x + b * gram @ x + c * gram @ gram @ x
             wanted[i] -= 0.1 * max(1, shape[1] / shape[2]) ** 0.5 * x
-        muon.step()
-    assert_close(bank.detach(), wanted, rtol=1e-4, atol=1e-4)
+        ts.muon(rows, gradient, dict(lr=1.0), replace(CONFIG, muon_lr=0.1, muon_momentum=0.9))
+    assert_close(bank, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_schedules():

@@ -143,7 +143,8 @@ class Config:
     sample_shift: float = 1.0  # time shift of the sampling grid
     last_step: float = 0.0  # final step, before the shift; 0 = as the others
     # numerics
-    bf16: bool = True  # autocast over fp32 weights; Newton-Schulz in bf16 too
+    bf16: bool = True  # autocast, over bf16 copies of fp32 weights; Newton-Schulz in bf16 too
+    sum_bf16: bool = False  # gradients of all processes are summed in bf16: half the bytes
     compile: bool = True  # False: plain eager PyTorch, for debugging
 
 
@@ -209,12 +210,6 @@ PROJECTOR = 2048  # width of REPA's MLPs
 
 def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],))
-
-
-def take(x: Tensor, keep: Tensor) -> Tensor:
-    """Tokens `keep` (B, K) of x (B, N, ...) -> (B, K, ...)."""
-    index = keep.view(*keep.shape, *[1] * (x.dim() - 2))
-    return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
 
 
 def rope_table(rows: int, cols: int, head_dim: int, extra: int) -> tuple[Tensor, Tensor]:
@@ -323,10 +318,8 @@ class Transformer(nn.Module):
             normal = torch.randn(p.shape, generator=generator)
             if name.endswith(".bias") or part in ("modulation", "head", "class_head", "mask_token"):
                 p.zero_()  # adaLN-zero: at first a block does nothing
-            elif p.dim() == 3 or part in ("embed", "time_in", "time_out", "text_in", "class_in"):
+            elif p.dim() == 3 or "_in" in part or part in ("embed", "time_out", "projectors"):
                 p.copy_(normal * p.shape[-1] ** -0.5)  # 1 / sqrt(fan-in)
-            elif part == "projectors":
-                p.copy_(normal * p.shape[-1] ** -0.5)
             elif part == "position":
                 p.copy_(normal * 0.02)
             elif part == "value_mix":
@@ -413,9 +406,8 @@ class Transformer(nn.Module):
         guess, gain, x = precondition(x, t[:, None], self.cfg.sigma_data)
         modulation = self.condition(t, text)
         qkv = self.qkv.unflatten(0, (-1, 3)).flatten(1, 2)  # (depth, 3 D, D)
-        layers = list(
-            zip(qkv.unbind(0), self.proj.unbind(0), self.up.unbind(0), self.down.unbind(0))
-        )
+        banks = (qkv, self.proj, self.up, self.down)
+        layers = list(zip(*(bank.unbind(0) for bank in banks)))
         h = self.tokens(x)
         rope = (self.cos, self.sin)
         values = None
@@ -426,8 +418,8 @@ class Transformer(nn.Module):
                 if drop_middle:
                     h = self.mask_token.to(h.dtype).expand_as(h)
                 elif keep is not None:
-                    h = take(h, keep)
-                    values = take(values, keep)
+                    h = h.take_along_dim(keep[..., None], dim=1)  # (B, K, D)
+                    values = values.take_along_dim(keep[..., None, None], dim=1)
                     rope = (self.cos[keep], self.sin[keep])  # (B, K, 1, head_dim / 2)
             if i == self.middle.stop:
                 h = self.fuse_streams(outer[0], h, keep, skip)
@@ -504,7 +496,7 @@ def loss_terms(model: Transformer, batch: Batch) -> dict[str, Tensor]:
         for h in aligned:
             aim = batch.features[:, 1 - model.class_tokens :]
             if h.shape[1] < aim.shape[1]:  # in the routed middle
-                aim = take(aim, batch.keep)
+                aim = aim.take_along_dim(batch.keep[..., None], dim=1)
             cosine = F.cosine_similarity(h.float(), aim, dim=2).mean(dim=1)
             terms["repa"] = terms["repa"] + cfg.repa / len(aligned) * (1 - cosine)
     return terms
@@ -603,75 +595,87 @@ def orthogonalize(matrices: Tensor, dtype=torch.bfloat16) -> Tensor:
     return x.mT if is_wide else x
 
 
-def muon_update(grad: Tensor, momentum: Tensor, beta: float, dtype) -> Tensor:
-    """Nesterov momentum (in place), then orthogonalization: (n, out, in) -> the same."""
-    momentum.lerp_(grad, 1 - beta)
-    return orthogonalize(grad.lerp(momentum, beta), dtype)
+def muon(rows: dict, gradient: Tensor, now: dict, cfg: Config):
+    """Momentum, orthogonalized matrix by matrix (Jordan 2024): rows (n, out, in), in place."""
+    rows["momentum"].lerp_(gradient, 1 - cfg.muon_momentum)
+    nesterov = gradient.lerp(rows["momentum"], cfg.muon_momentum)
+    update = orthogonalize(nesterov, torch.bfloat16 if cfg.bf16 else torch.float32)
+    keller_scale = max(1, gradient.shape[1] / gradient.shape[2]) ** 0.5
+    rows["weights"].sub_(now["lr"] * cfg.muon_lr * keller_scale * update)
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized matrix by matrix (Jordan 2024), for banks (n, out, in).
+def adamw(rows: dict, gradient: Tensor, now: dict, cfg: Config):
+    """Adam (arXiv 1412.6980) without weight decay: rows (n,), in place."""
+    beta1, beta2 = cfg.adamw_betas
+    rows["mean"].lerp_(gradient, 1 - beta1)
+    rows["square"].lerp_(gradient.square(), 1 - beta2)
+    spread = (rows["square"] / (1 - beta2 ** now["count"])).sqrt()
+    step = rows["mean"] / (1 - beta1 ** now["count"]) / (spread + 1e-8)
+    rows["weights"].sub_(now["lr"] * cfg.adamw_lr * step)
 
-    Each process sums the gradients, keeps the momentum and computes the update of its share of a
-    bank's matrices, while the next bank is on its way. Bytes a step and process, P parameters, W
-    processes: reduce-scatter 4P (W - 1) / W of fp32 gradients, all-gather 2P (W - 1) / W of bf16.
+
+def update(rule, rows: dict, gradient: Tensor, average: Tensor, now: dict, cfg: Config):
+    """All that a step changes in some rows, in one graph: the rule's part, then the EMA."""
+    rule(rows, gradient.float(), now, cfg)
+    average.lerp_(rows["weights"], 1 - now["ema_decay"])
+
+
+class Shard:
+    """Parameters, and the part of them that this process alone trains (ZeRO, arXiv 1910.02054).
+
+    They are rows: matrices of one shape or, with shape (), all numbers end to end, and zeros up to
+    equally many on each process. Rows are fp32; the model has views of `working`, in bf16, which a
+    step writes. Bytes that a step sends, P parameters, W processes: 4P (W - 1) / W of gradients,
+    2P (W - 1) / W of weights.
     """
 
-    def __init__(self, banks, lr, momentum, dtype, world, update=muon_update):
-        super().__init__(banks, dict(lr=lr, peak_lr=lr, momentum=momentum))
-        self.banks = banks
-        self.dtype = dtype
+    def __init__(self, params: list, averages: list, shape: tuple, cfg: Config, world):
+        self.params = params
+        self.shape = shape
+        self.cfg = cfg
         self.world = world
-        self.update = update
-        self.momenta = [torch.zeros_like(world.share(bank)) for bank in banks]
+        self.rule, kept = (muon, ["momentum"]) if shape else (adamw, ["mean", "square"])
+        self.update = torch.compile(update, dynamic=False) if cfg.compile else update
+        self.average = self.join([p.data for p in params])  # of all processes, but see gather_ema
+        self.working = self.average.to(torch.bfloat16 if cfg.bf16 else torch.float32, copy=True)
+        for tensors, whole in ((params, self.working), (averages, self.average)):
+            nn.utils.vector_to_parameters(whole.flatten(), tensors)  # as views
+        for p in params:  # several backward passes are summed in fp32
+            p.grad_dtype = torch.float32 if cfg.micro_batch else p.dtype
+        self.rows = dict(weights=world.rows(self.average).clone())
+        self.rows |= {name: torch.zeros_like(self.rows["weights"]) for name in kept}
 
-    @torch.no_grad()
-    def step(self):
-        group = self.param_groups[0]
-        gradients = [self.world.reduce_scatter(bank.grad) for bank in self.banks]
-        updates = []
-        for bank, momentum, (gradient, wait) in zip(self.banks, self.momenta, gradients):
-            wait()
-            update = self.update(gradient, momentum, group["momentum"], self.dtype)
-            updates.append(self.world.all_gather(update, len(bank)))
-        for bank, (update, wait) in zip(self.banks, updates):
-            wait()
-            keller_scale = max(1, bank.shape[1] / bank.shape[2]) ** 0.5
-            bank.add_(update, alpha=-group["lr"] * keller_scale)
+    def join(self, tensors: list) -> Tensor:
+        """Tensors like `params` -> rows (n, *shape), a multiple of the number of processes."""
+        rows = [x.reshape(-1, *self.shape) for x in tensors]
+        extra = -sum(map(len, rows)) % self.world.size
+        return torch.cat([*rows, rows[0].new_zeros(extra, *self.shape)])
+
+    def reduce(self):
+        """Begins to sum the gradients over the processes."""
+        gradient = self.join([p.grad for p in self.params])
+        dtype = gradient.dtype if self.cfg.sum_bf16 else torch.float32
+        self.gradient, self.wait = self.world.reduce_scatter(gradient, dtype)
+
+    def step(self, now: dict):
+        """Updates this process's rows, then begins to send their weights to the others."""
+        self.wait()
+        average = self.world.rows(self.average)
+        self.update(self.rule, self.rows, self.gradient, average, now, self.cfg)
+        self.gradient = None
+        self.wait = self.world.all_gather(self.rows["weights"], self.working)
 
     def state_dict(self) -> dict:
-        """The momenta of all matrices, the same for any number of processes. Collective."""
-        gathered = [
-            self.world.all_gather(m, len(bank)) for m, bank in zip(self.momenta, self.banks)
-        ]
-        for _, wait in gathered:
-            wait()
-        return dict(momenta=[whole for whole, _ in gathered])
+        """All rows, the same for any number of processes. Collective."""
+        state = {name: torch.empty_like(self.average) for name in self.rows}
+        for name, whole in state.items():
+            self.world.all_gather(self.rows[name], whole)()
+        count = sum(len(p.reshape(-1, *self.shape)) for p in self.params)
+        return {name: whole[:count] for name, whole in state.items()}
 
     def load_state_dict(self, state: dict):
-        for momentum, whole in zip(self.momenta, state["momenta"], strict=True):
-            momentum.copy_(self.world.share(whole))
-
-
-def make_optimizers(model: Transformer, cfg: Config, world) -> dict:
-    """{name: optimizer}: Muon for what has three axes, unless muon_lr is 0, AdamW for the rest.
-
-    Each sums its gradients over the processes when it steps, and has peak_lr in its groups.
-    """
-    banks = [p for p in model.parameters() if p.dim() == 3 and cfg.muon_lr]
-    rest = [p for p in model.parameters() if not (p.dim() == 3 and cfg.muon_lr)]
-    group = dict(params=rest, peak_lr=cfg.adamw_lr)
-    adamw = torch.optim.AdamW([group], 0.0, cfg.adamw_betas, weight_decay=0, fused=True)
-    adamw.register_step_pre_hook(lambda *_: world.sum_gradients(rest))
-    optimizers = dict(adamw=adamw)
-    if banks:
-        dtype = torch.bfloat16 if cfg.bf16 else torch.float32
-        update = torch.compile(muon_update, dynamic=False) if cfg.compile else muon_update
-        optimizers["muon"] = Muon(banks, cfg.muon_lr, cfg.muon_momentum, dtype, world, update)
-    groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
-    trained = sorted(id(p) for group in groups for p in group["params"])
-    assert trained == sorted(map(id, model.parameters())), "a parameter is not trained exactly once"
-    return optimizers
+        for name, mine in self.rows.items():
+            mine.copy_(self.world.rows(self.join([state[name]])))
 
 
 def lr_schedule(step: int, cfg: Config) -> float:
@@ -956,35 +960,23 @@ class World:
             dist.all_reduce(x)
         return x
 
-    def sum_gradients(self, params: list):
-        """In one all-reduce: 8P (W - 1) / W bytes of P parameters on W processes."""
-        if self.size > 1:
-            flat = self.sum(torch.cat([p.grad.flatten() for p in params]))
-            for p, summed in zip(params, flat.split([p.numel() for p in params])):
-                p.grad.copy_(summed.view_as(p))
+    def rows(self, x: Tensor) -> Tensor:
+        """This process's of the equally many rows of each: a view."""
+        return x.chunk(self.size)[self.rank]
 
-    def padded(self, x: Tensor) -> Tensor:
-        """(n, ...) with rows of zeros after it, so that every process gets equally many."""
-        return torch.cat([x, x.new_zeros(-len(x) % self.size, *x.shape[1:])])
-
-    def share(self, x: Tensor) -> Tensor:
-        """The rows of (n, ...) that this process gets from reduce_scatter."""
-        return self.padded(x).chunk(self.size)[self.rank].clone()
-
-    def reduce_scatter(self, x: Tensor) -> tuple:
-        """(n, ...) on each -> its share of their sum, and a function that waits for it."""
+    def reduce_scatter(self, x: Tensor, dtype) -> tuple:
+        """(n, ...) on each -> its rows of their sum, in `dtype`, and what waits for it."""
         if self.size == 1:
             return x, lambda: None
-        x = self.padded(x)
-        out = x.new_empty(len(x) // self.size, *x.shape[1:])
-        return out, dist.reduce_scatter_tensor(out, x, async_op=True).wait
+        out = torch.empty_like(self.rows(x), dtype=dtype)
+        return out, dist.reduce_scatter_tensor(out, x.to(dtype), async_op=True).wait
 
-    def all_gather(self, x: Tensor, count: int) -> tuple:
-        """Each one's share -> all of the (count, ...), and a function that waits for it."""
+    def all_gather(self, x: Tensor, out: Tensor):
+        """Each one's rows into all of them, (n, ...); returns a function that waits for it."""
         if self.size == 1:
-            return x, lambda: None
-        out = x.new_empty(len(x) * self.size, *x.shape[1:])
-        return out[:count], dist.all_gather_into_tensor(out, x.contiguous(), async_op=True).wait
+            out.copy_(x)
+            return lambda: None
+        return dist.all_gather_into_tensor(out, x.to(out.dtype), async_op=True).wait
 
     def machine(self) -> str:
         """How many of which GPU, or of which CPU with how many threads."""
@@ -1036,22 +1028,26 @@ class State:
         self.model.init_weights(seed)
         self.model.to(world.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
-        self.averages = list(self.ema.parameters())
         if cfg.autoguidance:
             self.ema.weak = copy.deepcopy(self.ema)
-        self.optimizers = make_optimizers(self.model, cfg, world)
-        self.parts = dict(model=self.model, ema=self.ema, **self.optimizers)
-        self.loss_terms = loss_terms
-        if cfg.compile:
-            self.loss_terms = torch.compile(loss_terms, dynamic=False, fullgraph=True)
+        groups = {(): []}  # AdamW's, whose exchange is the longest, then the banks by shape
+        for pair in zip(self.model.parameters(), self.ema.parameters()):
+            is_bank = pair[0].dim() == 3 and cfg.muon_lr
+            groups.setdefault(tuple(pair[0].shape[1:]) if is_bank else (), []).append(pair)
+        self.shards = [Shard(*zip(*g), shape, cfg, world) for shape, g in groups.items()]
+        self.parts = dict(model=self.model, ema=self.ema)
+        self.parts |= {f"rows {shard.shape}": shard for shard in self.shards}
+        compiled = torch.compile(loss_terms, dynamic=False, fullgraph=True)
+        self.loss_terms = compiled if cfg.compile else loss_terms
 
-    def keep_weak(self):
-        """From now on, the EMA as it is guides later ones."""
-        if self.cfg.autoguidance:
-            self.ema.weak.load_state_dict(self.ema.state_dict(), strict=False)  # all but ema.weak.*
+    def gather_ema(self):
+        """Brings the other processes' rows of the EMA here. Collective."""
+        for shard in self.shards:
+            self.world.all_gather(self.world.rows(shard.average).clone(), shard.average)()
 
     def state_dict(self) -> dict:
         """Everything, the same for any number of processes. Collective."""
+        self.gather_ema()
         return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state: dict):
@@ -1082,15 +1078,17 @@ def train_step(state: State, step: int, batch: Batch) -> dict[str, Tensor]:
             sum(terms.values()).backward()
         for name, term in terms.items():
             means[name] = means.get(name, 0.0) + term.detach()
-    for name, optimizer in state.optimizers.items():
-        with record_function(name):
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * lr_schedule(step, cfg)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    with record_function("ema"), torch.no_grad():
-        weights = list(state.model.parameters())
-        torch._foreach_lerp_(state.averages, weights, 1 - ema_decay(step, cfg))
+    now = dict(lr=lr_schedule(step, cfg), ema_decay=ema_decay(step, cfg), count=step + 1.0)
+    now = {name: torch.full((), x, device=state.world.device) for name, x in now.items()}
+    with record_function("exchange"):
+        for shard in state.shards:  # begun before the first update, they go on beside it
+            shard.reduce()
+        state.model.zero_grad(set_to_none=True)
+    for shard in state.shards:
+        with record_function(shard.rule.__name__):
+            shard.step(now)
+    for shard in state.shards:
+        shard.wait()
     return means
 
 
@@ -1213,11 +1211,9 @@ def load_state(folder: Path, code_sha256: str) -> dict:
         )
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"config", "seed", "step", "seconds", "code_sha256"} - saved["meta"].keys()
+        assert saved["meta"].keys() >= {"config", "seed", "step", "seconds", "code_sha256"}
     except Exception as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}): start a new run")
-    if missing:
-        raise UserError(f"{path} is no state of a run: start a new run")
     if saved["meta"]["code_sha256"] != code_sha256 or saved["meta"]["config"] not in CONFIGS:
         raise UserError(
             f"{folder} is of another train_speedrun.py: cp {folder}/train_speedrun.py ."
@@ -1344,16 +1340,14 @@ class Run:
                 self.log_file = open_log(self.folder)
             save_state(self.folder, self.state, self.meta)  # a full disk shows now
             world.folder = self.folder
+        self.parameters = sum(p.numel() for p in self.state.model.parameters())
         trial = " (a part: a trial, no record)" if self.data.is_trial else ""
         self.log(
-            f"{self.folder}: seed {self.meta['seed']}, {self.parameters() / 1e6:.2f}M parameters, "
+            f"{self.folder}: seed {self.meta['seed']}, {self.parameters / 1e6:.2f}M parameters, "
             f"{self.data.count} training images{trial}\n{world.machine()}, "
             f"python {platform.python_version()}, torch {torch.__version__}\n"
             f"{json.dumps(asdict(self.cfg))}"
         )
-
-    def parameters(self) -> int:
-        return sum(p.numel() for p in self.state.model.parameters())
 
     def log(self, text: str):
         """To the log and, by the process of rank 0, to the terminal."""
@@ -1385,7 +1379,7 @@ class Run:
             resumed=self.resumed,
             world_size=world.size,
             steps=self.cfg.steps,
-            parameters=self.parameters(),
+            parameters=self.parameters,
             val_loss=f"{self.meta['val_loss']:.5f}",
             train_time_s=f"{self.clock.seconds:.3f}",
             images_per_second=f"{self.meta['images'] / self.clock.seconds:.1f}",
@@ -1417,6 +1411,7 @@ def train(run: Run, world: World):
         world.step = step + 1
         is_pause = step in validation_steps or (step % cfg.save_every == 0 and step > 0)
         if is_pause and not (run.resumed and step == start):
+            state.gather_ema()
             clock.stop()
             if losses:
                 read_losses(losses, step, world)  # what is not finite is never saved
@@ -1424,8 +1419,8 @@ def train(run: Run, world: World):
             meta.update(step=step, images=step * cfg.batch_size, seconds=clock.seconds)
             if step in validation_steps:
                 meta["val_loss"] = validate(state, run.val, captions)
-                if step <= max(cfg.weak_at * cfg.steps, min(validation_steps)):
-                    state.keep_weak()
+                if cfg.autoguidance and step <= max(cfg.weak_at * cfg.steps, min(validation_steps)):
+                    state.ema.weak.load_state_dict(state.ema.state_dict(), strict=False)
                 run.log_step(step, dict(val_loss=meta["val_loss"]))
                 if world.rank == 0:
                     save_checkpoint(run.folder, state.ema, meta)

@@ -402,6 +402,17 @@ def test_attention_written_out_is_the_fused_kernel():
     torch.testing.assert_close(found, fused.transpose(1, 2), rtol=1e-4, atol=1e-5)
 
 
+def test_adamw_is_that_of_torch():
+    weights = torch.nn.Parameter(torch.randn(50))
+    rows = dict(weights=weights.data.clone(), mean=torch.zeros(50), square=torch.zeros(50))
+    adamw = torch.optim.AdamW([weights], CONFIG.adamw_lr, CONFIG.adamw_betas, weight_decay=0)
+    for count in (1.0, 2.0, 3.0):
+        weights.grad = torch.randn(50)
+        adamw.step()
+        ts.adamw(rows, weights.grad, dict(lr=1.0, count=torch.tensor(count)), CONFIG)
+    torch.testing.assert_close(rows["weights"], weights.data)
+
+
 def test_each_image_comes_once_an_epoch_whoever_loads_it(tiny):
     """In an order of its own each epoch, the same for any number of processes and any start."""
     shards = ts.Shards(TRACK, "train", dict(latents=TRACK.shape, labels=()))
