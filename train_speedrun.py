@@ -766,6 +766,7 @@ class Shards:
             array = np.stack([self.shards[shard][name][row] for shard, row in places])
             rows[name] = torch.from_numpy(array)
             if device.type == "cuda":
+                torch.cuda.set_device(device)  # the loader's thread would use the first GPU
                 rows[name] = rows[name].pin_memory()
         return rows
 
@@ -1147,8 +1148,6 @@ def warm_up(state: State, shapes: dict[str, tuple], captions: Tensor):
         validation = Batch(x, x + 1, batch.t[:1].repeat(size), batch.text[:1].repeat(size, 1))
         state.loss_terms(state.ema, validation)
     state.load_state_dict(before)
-    if world.device.type == "cuda":  # the copy above is no part of the run's memory
-        torch.cuda.reset_peak_memory_stats()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1372,8 +1371,11 @@ class Run:
         """The last block, for tools: one `key: value` a line."""
         world = self.state.world
         memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        attention = "written out"
         if world.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated()
+            q = torch.empty(2, 2, 256, self.cfg.head_dim, dtype=torch.bfloat16, device=world.device)
+            attention = torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, q, q)).name
         summary = self.meta | dict(
             run_id=self.folder.name,
             resumed=self.resumed,
@@ -1384,6 +1386,7 @@ class Run:
             train_time_s=f"{self.clock.seconds:.3f}",
             images_per_second=f"{self.meta['images'] / self.clock.seconds:.1f}",
             sampling_nfe=sampling_nfe(self.cfg),
+            attention=attention,
             peak_memory_mib=memory // 2**20,
             graphs_compiled_on_the_clock=graphs,
         )
@@ -1398,6 +1401,8 @@ def train(run: Run, world: World):
     start = meta["step"]
     validation_steps = {round(cfg.steps * (k + 1) / cfg.evals) for k in range(cfg.evals)}
     warm_up(state, run.data.shapes, load_captions(run.track, world.device))
+    if world.device.type == "cuda":  # warm-up's copies are gone, and no part of the run's memory
+        torch.cuda.reset_peak_memory_stats()
     compiled = torch._dynamo.utils.counters["stats"]
     graphs = compiled["unique_graphs"]
     losses = []  # of the steps since they were last read
