@@ -53,7 +53,7 @@ def of_part(rehearsed, part: str) -> list:
 def test_a_compiled_step_is_counted_on_a_device_that_is_not_there(rehearsed):
     """Its kernels are Triton's, its forward multiplies what it does on a CPU, it never waits."""
     found = rehearsed[1][0]
-    assert (found["graphs"], found["breaks"], found["recompiles"]) == (1, 0, 0)
+    assert (found["graphs"], found["breaks"], found["recompiles"]) == (2, 0, 0)  # loss, AdamW
     for part in ("forward", "backward"):
         entries = of_part(rehearsed, part)
         assert preflight.launches(entries, "triton") > 5 < preflight.launches(entries, "cublas")
@@ -83,7 +83,7 @@ def test_exchanges_have_the_bytes_of_gradients_and_weights_and_are_waited_for(re
     entries = of_part(rehearsed, "adamw")
     assert preflight.total(entries, "exchanged") == 2 * parameters  # in bf16
     lasts = gpu_model.exchange_seconds(gpu_model.CARDS["H200"], "reduce", 4 * parameters, 2)
-    assert preflight.total(entries, "waited") == pytest.approx(lasts)
+    assert preflight.total(entries, "waited") == pytest.approx(lasts, abs=5e-6)  # beside kernels
 
 
 def test_two_scripts_stand_side_by_side_under_the_assumptions(rehearsed):

@@ -698,7 +698,7 @@ def test_two_scripts_are_timed_in_turn_on_the_racers_data(tmp_path, monkeypatch,
     assert min(times) >= 0 and sum(times[:-1]) == pytest.approx(times[-1], abs=0.1)
     assert set(parts_b) == {"-"} and "\nB has no parts: its steps are not annotated" in out
     assert "+record_function = contextlib.nullcontext" in out
-    assert "scripts: 3 lines only in B, 6 only in A" in out
+    assert "scripts: 3 lines only in B, 5 only in A" in out
 
 
 def test_noise_has_the_tracks_form_and_trains(tmp_path, monkeypatch, capsys):
