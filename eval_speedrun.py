@@ -3,10 +3,10 @@
     python eval_speedrun.py logs/<run_id>       results.json, samples.png, curve.png in that folder
       --images 10000                            samples to score: their count is in a metric's name
       --metrics FID KD-lite                     these, and the others of the same networks
-  --last                                    only the last checkpoint: no curve
+      --last                                    only the last checkpoint: no curve
       --prompt "a frog"                         only samples of one caption: prompt.png
       --export geneval --prompts FILE           only images for an official tool: see export
-  --export adm                              the scored samples, as ADM's .npz and as PNG
+      --export adm                              the scored samples, as ADM's .npz and as PNG
     torchrun --nproc_per_node=8 eval_speedrun.py logs/<run_id>      the same numbers on 8 GPUs
     python eval_speedrun.py --self-check        the metrics against published values
 
@@ -24,7 +24,8 @@ import random
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -386,14 +387,17 @@ class Evaluation:
 
     def __init__(self, folder: Path, world: World, count: int, asked: Sequence[str]):
         self.world = world
-        self.run = load_run(folder, world.device)
+        self.seconds = {}  # that each part of the evaluation took
+        with self.timed("start of the run's process"):
+            self.run = load_run(folder, world.device)
         track = self.run.track
         self.captions = read_captions(track.name)
         self.count = count or IMAGES[track.dtype]
         self.curve_count = min(self.count, CURVE_IMAGES[track.dtype])
         extra = FINAL.get(track.name, []) if world.device.type == "cuda" else []
         asked = asked or CURVE[track.dtype] + extra
-        self.panel = Panel(asked, self.run, self.captions, self.count, world)
+        with self.timed("networks and references"):
+            self.panel = Panel(asked, self.run, self.captions, self.count, world)
         self.curve_names = [name for name in CURVE[track.dtype] if name in self.panel.networks]
         self.work = self.run.folder / "evaluation"  # what a killed evaluation continues from
         self.nfe = 0.0  # the most evaluations that any image took
@@ -415,11 +419,26 @@ class Evaluation:
         for name in self.curve_names:
             self.rules[name] = self.panel.protocol[name]
 
-    def features(self, images_of: Callable, count: int, names: list[str], *source: str) -> dict:
-        """What these networks see in `count` images; source: what the images are, then a hash."""
+    @contextmanager
+    def timed(self, part: str):
+        """Adds the seconds inside to those of this part."""
+        began = now()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + now() - began
+
+    def draw(self, rows: list[int], start: int) -> tuple[Tensor, list[int]]:
+        """Samples from number `start` on under these caption rows, and the rows."""
+        with self.timed("samples"):
+            return self.sampler(rows, start), rows
+
+    def features(self, path: Path, rows: list[int], names: list[str]) -> dict:
+        """What these networks see in a checkpoint's samples under these caption rows."""
         networks = {name: self.panel.networks[name] for name in names} | {"": digests}
-        folder = self.work / key_of(*source, self.referee, self.rules, self.panel.protocol, names)
-        return features_of(images_of, count, networks, folder, self.world, source[0])
+        rules = [self.referee, self.rules, self.panel.protocol, names]
+        folder = self.work / key_of(path.stem, sha256_of(path), *rules)
+        draw = lambda start, stop: self.draw(rows[start:stop], start)  # noqa: E731
+        with self.timed("samples and their features"):
+            return features_of(draw, len(rows), networks, folder, self.world, path.stem)
 
     def ceiling(self) -> dict:
         """The curve's metrics of real test images, where the reference has their features."""
@@ -446,21 +465,15 @@ class Evaluation:
             "metrics": {},
         }
         if is_last:
-            track = self.run.track
-            self.val_loss = validate(track, model.velocity, self.captions, DRAWS_SEED).loss
-            self.fresh = validate(track, model.velocity, self.captions, self.draws_seed)
+            known = (self.run.track, model.velocity, self.captions)
+            with self.timed("validation"):
+                self.val_loss = validate(*known, DRAWS_SEED).loss
+                self.fresh = validate(*known, self.draws_seed)
             refuse_looked_up(point["val_loss_logged"], self.fresh)
         self.sampler = Sampler(self.run, model, self.captions, self.world.device)
         if not names:
             return point
-        rows = self.captions.balanced(count)
-        features = self.features(
-            lambda start, stop: (self.sampler(rows[start:stop], start), rows[start:stop]),
-            count,
-            names,
-            f"samples of {path.stem}",
-            sha256_of(path),
-        )
+        features = self.features(path, self.captions.balanced(count), names)
         self.nfe = max(self.nfe, self.sampler.nfe)
         point["metrics"] = self.panel.scores(self.curve_names, features, self.curve_count)
         if is_last:
@@ -513,7 +526,8 @@ def evaluate(
     with run.child:
         ceiling = evaluation.ceiling()
         points = [evaluation.point(*checkpoint) for checkpoint in run.checkpoints]
-        budget = evaluation.budget()
+        with evaluation.timed("budget and pictures"):
+            budget = evaluation.budget()
     meta = run.checkpoints[-1][1]
     results = {
         "run_id": run.folder.resolve().name,
@@ -539,7 +553,7 @@ def evaluate(
         "processes": world.size,
         "machine": machine(world.device),
         "torch": torch.__version__,
-        "evaluation_seconds": now() - began,
+        "evaluation_seconds": evaluation.seconds | {"all": now() - began},
     }
     world.wait()  # no other process still reads its parts
     if world.rank == 0:
@@ -699,11 +713,9 @@ def markdown_row(results: dict) -> str:
 
 def beside_record(results: dict) -> str:
     """One line: the run's metrics, those of the track's last record, and real images'."""
-    folders = sorted(
-        Path(__file__).resolve().parent.glob(f"records/{results['rules']['track']}/2*")
-    )
+    records = Path(__file__).resolve().parent / "records" / results["rules"]["track"]
     record = {}
-    for folder in folders:
+    for folder in sorted(records.glob("2*")):
         text = folder / "README.md"
         path = folder / "results.json"
         if text.is_file() and path.is_file() and "\nPredecessor: " in text.read_text():
@@ -774,8 +786,7 @@ def main(argv: list[str] | None = None) -> int:
         elif args.prompt:
             print("samples:", draw_prompt(args.run, args.prompt, world))
         elif args.export:
-            out = export(args.run, args.export, args.prompts, world, args.images or 0)
-            print("samples:", out)
+            print("samples:", export(args.run, args.export, args.prompts, world, args.images or 0))
         else:
             referee_run(args, world)
     except UserError as error:

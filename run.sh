@@ -2,10 +2,11 @@
 # ./run.sh [CONFIG]        environment, data, training, evaluation of one of the script's CONFIGS
 # ./run.sh test [smoke]    environment, all tests, or only those of test_smoke.py
 #
-# Without a GPU the default is cifar10-cpu. The environment is .venv, or the interpreter named in
-# PYTHON; neither is touched when requirements.txt is met already. SEED and RESUME reach the
-# training script. imagenet256 wants ImageNet's photos, a folder of class folders, in IMAGES: it
-# trains on DINOv2's features of them, too.
+# Without a GPU the default is cifar10-cpu. cifar10 takes one GPU, since its race is on one, and
+# imagenet256 as many of them as divide its batch; GPUS=4 asks for another number. The environment
+# is .venv, or the interpreter named in PYTHON; neither is touched when requirements.txt is met
+# already. SEED and RESUME reach the training script. imagenet256 wants ImageNet's photos, a folder
+# of class folders, in IMAGES: it trains on DINOv2's features of them, too.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -51,6 +52,7 @@ if ! requirements_met; then
   "$python" -m pip install -q -r requirements.txt > .venv.log 2>&1 ||
     fail "pip could not install requirements.txt (see .venv.log): check network and disk (6 GB)"
 fi
+export TORCHINDUCTOR_VEC_ISA_OK=1  # saves compilation on a CPU its trials of the C++ compiler
 
 if [ "$what" = test ]; then
   [ -z "${2:-}" ] || exec "$python" -m pytest -q test_smoke.py
@@ -59,27 +61,38 @@ if [ "$what" = test ]; then
   half=$!
   trap 'kill $half 2> /dev/null || true; rm -f "$output"' EXIT
   status=0
-  "$python" -m pytest -q test_smoke.py records || status=$?
+  "$python" -m pytest -q test_smoke.py records --ignore=records/test_gpu.py || status=$?
   wait $half || status=$?
   cat "$output"
+  SPEEDRUN_TEST_GPU=1 "$python" -m pytest -q -rs records/test_gpu.py || status=$?
   exit $status
 fi
 
 # -- data, training, evaluation -----------------------------------------------------------------
-# The number of GPUs and the track of the config, as the training script has it
-facts=$("$python" - "$what" <<'PY'
+# The number of processes, the config and its track, as the training script has them
+facts=$("$python" - "$what" "${GPUS:-}" <<'PY'
+import math
 import sys
 import torch
-from train_speedrun import CONFIGS
-gpus, name = torch.cuda.device_count(), sys.argv[1]
+from train_speedrun import CONFIGS, TRACKS
+gpus, name, asked = torch.cuda.device_count(), *sys.argv[1:]
 if name == "default":
     name = "cifar10" if gpus else "cifar10-cpu"
-print(gpus, name, CONFIGS[name].track)
+cfg = CONFIGS[name]
+shared = math.gcd(cfg.batch_size, TRACKS[cfg.track].val_images)  # each process gets as much
+fitting = [count for count in range(1, gpus + 1) if shared % count == 0]
+most = 1 if cfg.track == "cifar10" else gpus
+if asked and asked not in map(str, fitting):
+    why = f"of the {gpus} GPUs here as many can share batch and validation images: {fitting}"
+    print(f"run.sh: GPUS={asked} does not fit: {why}", file=sys.stderr)
+    sys.exit(2)
+print(asked or max([1, *(count for count in fitting if count <= most)]), name, cfg.track)
 PY
 )
-read -r gpus what track <<< "$facts"
-if [ "$gpus" -gt 1 ]; then
-  launch=("$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus")
+read -r processes what track <<< "$facts"
+echo "$what, processes: $processes"
+if [ "$processes" -gt 1 ]; then
+  launch=("$python" -m torch.distributed.run --standalone --nproc_per_node="$processes")
 else
   launch=("$python")                   # one process needs no launcher
 fi

@@ -38,6 +38,7 @@ def environment(home: str) -> dict:
     kept = {name: os.environ[name] for name in KEPT if name in os.environ}
     user_packages = site.getuserbase()  # beside the real home
     caches = {"TORCHINDUCTOR_CACHE_DIR": f"{home}/inductor", "TRITON_CACHE_DIR": f"{home}/triton"}
+    caches["TORCHINDUCTOR_VEC_ISA_OK"] = "1"  # no trials of the C++ compiler
     memory = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1073741824"}
     return kept | caches | memory | {"HOME": home, "TMPDIR": home, "PYTHONUSERBASE": user_packages}
 

@@ -130,6 +130,17 @@ def test_rows_are_counted_in_compiled_code_too(rogue):
     assert sampler.nfe_by_flops == pytest.approx(20.25)
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 8), (3, 3, 3)], ids=["sixteens", "others"])
+def test_noise_made_ahead_is_that_of_one_draw_after_another(shape):
+    """To the bit, over more draws than are made at once; nobody's change of one is in the next."""
+    draw = guest.unit_noise([7, 8], shape, CPU)
+    drawn = [draw().clone() if i % 2 else draw().zero_() for i in range(40)]
+    for place, seed in enumerate((7, 8)):
+        generator = torch.Generator().manual_seed(seed)
+        for i, noise in enumerate(drawn):
+            assert noise[place].equal((i % 2) * torch.randn(shape, generator=generator))
+
+
 def test_samples_depend_on_the_index_alone(rogue):
     """Not on the batch, nor on the number of images, of which many are drawn by compiled code."""
     plain = rogue(count=499)

@@ -44,7 +44,9 @@ sys.path.insert(0, str(ROOT))
 from data.common import UserError, import_snapshot, machine, now, sha256_of  # noqa: E402
 from records.trace import average_parts  # noqa: E402
 
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bf16 FLOP/s, dense, as stated
+# bf16 FLOP/s, dense, as stated, by a part of a GPU's name; PCIe cards and NVL pairs before SXM
+PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12}
+PEAK |= {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 VALIDATION_IMAGES = 64  # a timed run validates once, after its clock has stopped
 FLOPS_BATCH = 4  # images of a step whose FLOPs are counted
 FLOPS_STEPS = 20  # steps of that run: enough to see what a schedule changes on the way
@@ -288,6 +290,11 @@ def matmul_rate(dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
+def stated_peak(name: str) -> float:
+    """FLOP/s of the GPU of this name by its maker's word; not a number where none is known."""
+    return next((PEAK[model] for model in PEAK if model in name), float("nan"))
+
+
 def speed_row(tag: str, side: Side, rate: float, peak: float) -> str:
     """A side's row of the table of speed. rate, peak: FLOP/s of one device."""
     mean = statistics.mean(side.seconds)
@@ -327,7 +334,7 @@ def report(sides: list, options: argparse.Namespace) -> str:
     peak = rate
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
-        peak = next((PEAK[model] for model in PEAK if model in name), float("nan"))
+        peak = stated_peak(name)
     names = (
         "ms/step (min - max) | steps/s | images/s | GFLOP/image | floor, ms/step | MFU | peak MiB"
     )

@@ -513,7 +513,9 @@ API CUresult cuModuleGetFunction(CUfunction* function, CUmodule, const char*) {
 }
 
 API CUresult cuFuncGetAttribute(int* value, CUfunction_attribute number, CUfunction) {
-    *value = number == CU_FUNC_ATTRIBUTE_NUM_REGS ? 64 : 0;
+    *value = 0;
+    if (number == CU_FUNC_ATTRIBUTE_NUM_REGS) *value = 64;
+    if (number == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK) *value = 1024;
     return CUDA_SUCCESS;
 }
 

@@ -592,3 +592,30 @@ def test_commands_refuse_what_they_do_not_know(tmp_path, monkeypatch, refused):
     ):
         done = subprocess.run(["./run.sh", *arguments], capture_output=True, text=True)
         testing.refuses(done, word)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = subprocess.run([ROOT / "records/timing/gpu.sh"], capture_output=True, text=True)
+    testing.refuses(done, "gpu.sh: ", "sees no GPU")
+
+
+MACHINES = {  # config and its GPUS on a machine of so many: processes
+    ("imagenet256", "", 3): 2,
+    ("cifar10", "", 8): 1,
+    ("cifar10", "4", 8): 4,
+    ("cifar10", "", 0): 1,
+}
+
+
+@pytest.mark.parametrize("config, asked, gpus", MACHINES)
+def test_as_many_gpus_run_as_race_and_batch_allow(config, asked, gpus, tmp_path):
+    """Where torch says that there are so many; a number that cannot share the batch is refused."""
+    for name in ("run.sh", "requirements.txt", "train_speedrun.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    code = f"import torch\ntorch.cuda.device_count = lambda: {gpus}\n"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    environment = testing.ENV | dict(PYTHON=sys.executable, PYTHONPATH=str(tmp_path), GPUS=asked)
+    run = partial(subprocess.run, ["./run.sh", config], cwd=tmp_path, capture_output=True)
+    done = run(env=environment, text=True)
+    assert f"{config}, processes: {MACHINES[config, asked, gpus]}\n" in done.stdout
+    if asked:
+        done = run(env=environment | dict(GPUS="3"), text=True)
+        testing.refuses(done, "run.sh: GPUS=3 does not fit", "[1, 2, 4, 8]")

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_speedrun as ts
 from data.common import key_of, read_contract, sha256
 from data.testing import CONFIG, ENV, ROOT, TRACK, python, racer, refuses
-from records import checks, compare, race, series, snapshots, stats, trace
+from records import checks, compare, kernels, race, series, snapshots, stats, trace
 from records import races as races_of
 
 LOSSES = (0.1890, 0.1894, 0.1887, 0.1891)
@@ -743,6 +743,7 @@ def test_parts_of_a_trace_are_the_hosts_or_what_the_device_did_for_them():
     on_device = trace.average_parts(events + device, 2)
     wanted = dict(forward=0.3, backward=0.4, muon=0.05, rest=0.125, step=0.875)
     assert on_device == pytest.approx(wanted)
+    assert kernels.kernel_rows(events + device, 2) == [pytest.approx((0.757, 4.0, "k"))]
     without = [event for event in events if event["name"] != "step"]
     assert trace.average_parts(without, 2) == trace.average_parts(events, 4) == {}
 
@@ -765,7 +766,23 @@ def test_the_report_is_arithmetic_of_what_was_measured(monkeypatch):
     assert row_a + "| B: b | 50.00 (50.00 - 50.00) | 20.000 | 160.0 | - | - | - | 8 |\n" in text
     assert "B trains 1.500 times as many images a second as A (rounds: 1.000 - 2.000)" in text
     assert "| A | 1.00 | 0.50 | 1.50 |\n| B | - | - | - |\n" in text
+    forms = ("H100 80GB HBM3", "H200 NVL", "H100 PCIe")
+    assert [compare.stated_peak(f"NVIDIA {form}") for form in forms] == [989e12, 835e12, 756e12]
     assert text.startswith("2 x the CPU, ") and "scripts: 0 lines only in B, 0 only in A" in text
+
+
+def test_what_a_gpu_did_stands_beside_the_model(tmp_path, capsys):
+    text = Path(ROOT, "records/timing/preflight/cifar10_1x256_H100.txt").read_text()
+    modelled = kernels.modelled_parts(text)
+    assert modelled["step"] == pytest.approx(sum(modelled.values()) - modelled["step"], abs=0.1)
+    lines = kernels.parts_beside(dict(forward=1.0, rest=2.0, odd=3.0), modelled).splitlines()
+    assert f"| forward | 1.00 | {modelled['forward']:.2f} |" in lines
+    assert "| muon | - | " in "".join(lines) and lines[-1] == "| odd | 3.00 | - |"
+    for words in (["x", "--model", __file__], ["x", "--model", "none"], ["x"]):
+        assert kernels.main(words) == 2
+    assert re.fullmatch(
+        "kernels.py: --model .*\n.* No such .*\n.* no GPU .*\n", capsys.readouterr().err
+    )
 
 
 BAD_ARGUMENTS = {

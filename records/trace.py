@@ -24,24 +24,24 @@ def annotated_spans(events: list) -> tuple[list, list]:
     return steps, parts
 
 
-def device_spans(events: list, parts: list) -> list:
-    """What a GPU did for these parts, each span with the name of its part; [] without a GPU.
+def device_events(events: list, spans: list) -> list:
+    """(span, event) of what a GPU did for these spans of the host; [] without a GPU.
 
-    A kernel or copy belongs to the part that was open when it was launched, by whatever thread.
+    A kernel or copy belongs to the span that was open when it was launched, by whatever thread.
     """
     launched = {}
     for event in events:
         if event.get("cat") in ("cuda_runtime", "cuda_driver"):
             launched[event["args"].get("correlation")] = event["ts"]
-    starts = [part.start for part in parts]
-    spans = []
+    starts = [span.start for span in spans]
+    found = []
     for event in events:
         if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
             moment = launched.get(event["args"].get("correlation"), 0.0)
-            part = parts[bisect.bisect(starts, moment) - 1]
-            if part.start <= moment < part.end:
-                spans.append(Span(part.name, event["ts"], event["ts"] + event["dur"]))
-    return spans
+            span = spans[bisect.bisect(starts, moment) - 1]
+            if span.start <= moment < span.end:
+                found.append((span, event))
+    return found
 
 
 def average_parts(events: list, first: int) -> dict:
@@ -56,7 +56,9 @@ def average_parts(events: list, first: int) -> dict:
     parts = [part for part in parts if steps and part.start >= steps[0].start]
     if not parts:
         return {}
-    on_device = device_spans(events, parts)
+    on_device = []
+    for part, event in device_events(events, parts):
+        on_device.append(Span(part.name, event["ts"], event["ts"] + event["dur"]))
     total = {part.name: 0.0 for part in parts}
     for span in on_device or parts:
         total[span.name] += span.end - span.start
