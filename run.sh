@@ -4,15 +4,17 @@
 #
 # Without a GPU the default is cifar10-cpu. The environment is .venv, or the interpreter named in
 # PYTHON; neither is touched when requirements.txt is met already. SEED and RESUME reach the
-# training script. imagenet256 wants ImageNet's photos, a folder of class folders, in IMAGES: it
-# trains on DINOv2's features of them, too.
+# training script. imagenet256 and imagenet512 want ImageNet's photos, a folder of class folders, in
+# IMAGES: they train on DINOv2's features of them, too. folder wants any photos there; CAPTIONS may
+# name a file of their captions.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 fail() { echo "run.sh: $*" >&2; exit 2; }
 
 what=${1:-default}
-configs=$(sed -n 's/^ *"\([^"]*\)": Config(.*/\1/p' train_speedrun.py | paste -sd ' ')
+configs=$(sed -n 's/^ *"\([^"]*\)": Config(.*/\1/p; s/^CONFIGS\["\([^"]*\)"\] = .*/\1/p' \
+  train_speedrun.py | paste -sd ' ')
 case "$*" in
   ""|test|"test smoke") ;;
   *) [[ $# = 1 && " $configs " = *" $what "* ]] ||
@@ -85,13 +87,16 @@ else
 fi
 
 started=$SECONDS
-if [ "$track" != imagenet256 ]; then
+if [[ "$track" != imagenet* && "$track" != folder ]]; then
   "$python" data/download.py "$track"
+elif [ -n "${IMAGES:-}" ] && [ "$track" = folder ]; then
+  "$python" data/download.py folder --images "$IMAGES" ${CAPTIONS:+--captions "$CAPTIONS"}
 elif [ -n "${IMAGES:-}" ]; then
-  "${launch[@]}" data/download.py imagenet256 --images "$IMAGES" --features
-elif ! [ -e data/imagenet256/manifest.json ]; then
-  fail "imagenet256 trains on DINOv2's features, too: name the folder of ImageNet's photos in" \
-    "IMAGES; or set reg = 0, repa_layers = () and run: python data/download.py imagenet256"
+  "${launch[@]}" data/download.py "$track" --images "$IMAGES" --features
+elif ! [ -e "data/$track/manifest.json" ]; then
+  [ "$track" != folder ] || fail "folder trains on your photos: name their folder in IMAGES"
+  fail "$track trains on DINOv2's features, too: name the folder of ImageNet's photos in" \
+    "IMAGES; or set reg = 0, repa_layers = () and run: python data/download.py $track"
 fi
 echo "data: $((SECONDS - started)) s"
 
