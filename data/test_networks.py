@@ -239,6 +239,7 @@ def test_reference_images_are_the_first_of_each_label():
     labels = torch.tensor([2, 0, 0, 1, 0, 2, 1, 1])
     assert reference.balanced_rows(labels, 6).tolist() == [0, 1, 2, 3, 5, 6]
     assert reference.balanced_rows(labels, 8).tolist() == list(range(8))
+    assert reference.balanced_rows(torch.arange(8) % 7, 5).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_lites_metrics_see_distance_class_and_copies():
