@@ -20,13 +20,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import eval_speedrun
 import train_speedrun as ts
+from data import testing
 from data.common import read_contract
 from data.testing import ALL, CONFIG, ROOT, TRACK, distance, last_run, python, racer, train_here
 from records.series import parse_log
 
 # Formatted lines of these files, of any other one in a folder, and of all tests together
 CAPS = {"train_speedrun.py": 1490, "eval_speedrun.py": 800, "test_smoke.py": 360}
-CAPS |= {"data": 600, "records": 420, "tests": 4080}
+CAPS |= {"data": 600, "records": 420, "tests": 4200}
 
 # The end of a racer's script: each process keeps its state at every validation, or dies before it
 WATCHED = """
@@ -57,11 +58,11 @@ def drawn(tiny):
     world = ts.World()
     data = ts.open_data(ALL, TRACK, world)
     captions = ts.load_captions(TRACK, world.device)
-    model = ts.Transformer(ALL, TRACK).requires_grad_(False)
+    model = ts.Transformer(ALL, TRACK, testing.COMPONENTS).requires_grad_(False)
     torch.manual_seed(0)
     for weights in model.parameters():
         weights.copy_(0.2 * torch.randn(weights.shape))
-    rows = data[0].gather(np.arange(16), world.device)
+    rows = ts.Loader(data[0], ALL, 0, world)(0)
     batch = ts.make_batch(model, captions, rows, 0, 0, world)
     forward = partial(model, batch.x, batch.t, batch.text)
     return SimpleNamespace(model=model, batch=batch, forward=forward, data=data, captions=captions)
@@ -129,9 +130,9 @@ def test_log_parses_and_the_referee_agrees(everything_on):
     assert results["nfe"] == log["sampling_nfe"] == 30  # 10 steps, all of them guided twice
 
 
-def test_every_parameter_is_trained_exactly_once_and_has_an_initialisation(tiny):
+def test_every_parameter_is_trained_exactly_once_and_has_an_initialisation():
     for muon_lr, names in ((0.02, {"adamw", "muon"}), (0.0, {"adamw"})):
-        state = ts.State(replace(ALL, muon_lr=muon_lr), 0, ts.World())
+        state = ts.State(replace(ALL, muon_lr=muon_lr), 0, ts.World(), testing.COMPONENTS)
         assert {shard.rule.__name__ for shard in state.shards} == names
         trained = [id(p) for shard in state.shards for p in shard.params]
         assert sorted(trained) == sorted(map(id, state.model.parameters()))
@@ -274,10 +275,9 @@ def test_loss_is_the_sum_of_its_terms(drawn):
 )
 def test_sampler_recovers_a_gaussian(sampler, last_step, guidance, reg, monkeypatch):
     """From its exact velocity; with REG, one in which images go with their class tokens."""
-    monkeypatch.setattr(ts, "PCA", 16)
     cfg = replace(CONFIG, guidance=guidance, reg=reg, sample_steps=400)
     cfg = replace(cfg, sampler=sampler, last_step=last_step)
-    model = ts.Transformer(cfg, replace(TRACK, shape=(1, 4, 4), text_width=1))
+    model = ts.Transformer(cfg, replace(TRACK, shape=(1, 4, 4), text_width=1), 16)
     pair = torch.tensor([[0.41, 0.40], [0.40, 0.41]] if reg else [[0.25]])
     covariance = pair.kron(torch.eye(16))
     unit = torch.eye(len(covariance))
@@ -315,7 +315,7 @@ def test_killed_run_resumes_to_the_bit(everything_on, tmp_path, monkeypatch):
 
 
 def test_warm_up_leaves_no_trace(drawn):
-    state = ts.State(ALL, 3, ts.World())
+    state = ts.State(ALL, 3, ts.World(), testing.COMPONENTS)
     for step in (4, 5):
         before, random = copy.deepcopy(state.state_dict()), torch.get_rng_state()
         ts.warm_up(state, drawn.data[0].shapes, drawn.captions)

@@ -1,6 +1,6 @@
 """ImageGen Speedrun: train a text-to-image flow-matching transformer to its target, fast.
 
-    python train_speedrun.py [cifar10 | cifar10-cpu | imagenet256]        one process
+    python train_speedrun.py cifar10                  one of CONFIGS, in one process
     torchrun --nproc_per_node=8 train_speedrun.py imagenet256             one node of 8 GPUs
     SEED=1 python train_speedrun.py                                       another seed
     RESUME=logs/<run_id> python train_speedrun.py                         continue a killed run
@@ -33,7 +33,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -62,19 +62,19 @@ class Track:
     dtype: str  # of the stored latents
     shift: float  # x = (stored - shift) * scale
     scale: float
-    train_images: int  # imagenet256: 4,096 of its 1,281,167 are held out for validation
+    train_images: int  # of ImageNet's 1,281,167, 4,096 are held out; 0: as many as there are
     text_width: int  # of a caption's pooled CLIP embedding
     val_images: int  # the first ones of val_*.safetensors
     max_nfe: int  # network evaluations per generated image; a guided step costs two
 
 
-TRACKS = {
-    track.name: track
-    for track in (
-        Track("cifar10", (3, 32, 32), "uint8", 127.5, 0.00784313725490196, 50_000, 512, 4096, 100),
-        Track("imagenet256", (32, 16, 16), "float16", 0.0, 0.3099, 1_277_071, 768, 4096, 100),
-    )
-}
+ROWS = (
+    Track("cifar10", (3, 32, 32), "uint8", 127.5, 0.00784313725490196, 50_000, 512, 4096, 100),
+    Track("imagenet256", (32, 16, 16), "float16", 0.0, 0.3099, 1_277_071, 768, 4096, 100),
+    Track("imagenet512", (32, 32, 32), "float16", 0.0, 0.3099, 1_277_071, 768, 4096, 100),
+    Track("folder", (3, 32, 32), "uint8", 127.5, 0.00784313725490196, 0, 512, 64, 100),
+)
+TRACKS = {row.name: row for row in ROWS}
 
 
 def validation_draws(track: Track, count: int) -> tuple[Tensor, Tensor]:
@@ -199,12 +199,15 @@ CONFIGS = {
         last_step=0.04,
     ),
 }
+CONFIGS["folder"] = replace(CONFIGS["cifar10-cpu"], track="folder")  # your own photos
+CONFIGS["imagenet512"] = replace(  # as SR-DiT: the same but for the shifts, of 4 times the values
+    CONFIGS["imagenet256"], track="imagenet512", t_shift=math.sqrt(8), sample_shift=math.sqrt(8)
+)
 
 # ---------------------------------------------------------------------------------------------
 # Model: a diffusion transformer (DiT, arXiv 2212.09748) on a grid of pixels or latents
 # ---------------------------------------------------------------------------------------------
 
-PATCHES, PCA = 256, 64  # DINOv2-B's patches (after a class token) and the components kept of each
 PROJECTOR = 2048  # width of REPA's MLPs
 
 
@@ -264,7 +267,8 @@ class Transformer(nn.Module):
     (SPRINT, arXiv 2510.21986) the middle blocks see some of the patches, the outer blocks all.
     """
 
-    def __init__(self, cfg: Config, track: Track):
+    def __init__(self, cfg: Config, track: Track, components: int = 0):
+        """components: how many the data keeps of a DINOv2 feature, for REG and REPA."""
         super().__init__()
         self.cfg = cfg
         self.track = track
@@ -273,6 +277,7 @@ class Transformer(nn.Module):
         self.grid = (H // p, W // p)
         self.image_values = C * H * W
         self.class_tokens = 1 if cfg.reg else 0
+        self.class_values = components * self.class_tokens
         self.middle = range(cfg.depth, cfg.depth)  # the routed blocks: none
 
         self.embed = nn.Linear(C * p * p, D)
@@ -293,11 +298,11 @@ class Transformer(nn.Module):
             self.mask_token = nn.Parameter(torch.empty(D))
             self.fuse = nn.Parameter(torch.empty(1, D, 2 * D))
         if cfg.reg:
-            self.class_in = nn.Linear(PCA, D)
-            self.class_head = nn.Linear(D, PCA)
+            self.class_in = nn.Linear(components, D)
+            self.class_head = nn.Linear(D, components)
         self.projectors = nn.ModuleList()  # REPA's MLPs from states to DINOv2's components
         for _ in cfg.repa_layers:
-            sizes = (D, PROJECTOR, PROJECTOR, PCA)
+            sizes = (D, PROJECTOR, PROJECTOR, components)
             linears = [nn.Linear(a, b, bias=False) for a, b in zip(sizes, sizes[1:])]
             mlp = nn.Sequential(linears[0], nn.SiLU(), linears[1], nn.SiLU(), linears[2])
             self.projectors.append(mlp)
@@ -331,7 +336,7 @@ class Transformer(nn.Module):
     def set_text(self, pooled: Tensor):
         """Takes the centre and scale of the track's caption table (captions, text_width)."""
         self.text_mean.copy_(pooled.mean(0))
-        self.text_std.copy_((pooled - self.text_mean).square().mean().sqrt())
+        self.text_std.copy_((pooled - self.text_mean).square().mean().sqrt().clamp(min=1e-6))
 
     def null_text(self, count: int) -> Tensor:
         """The empty caption (count, text_width): the table's mean, zero after centring."""
@@ -448,7 +453,7 @@ class Batch(NamedTuple):
     text: Tensor  # (B, text_width)
     keep: Tensor | None = None  # (B, K) tokens that enter the middle blocks, int64
     skip: Tensor | None = None  # (B,) bool: images that do not enter them
-    features: Tensor | None = None  # (B, 1 + PATCHES, PCA) of DINOv2, centred
+    features: Tensor | None = None  # (B, 1 + patches, components) of DINOv2, centred
 
     def part(self, rows: slice) -> "Batch":
         return Batch(*(None if field is None else field[rows] for field in self))
@@ -464,7 +469,7 @@ def velocity(model: Transformer, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
     REG's class token is not known here: it is given as its mean, zero.
     """
     with autocast(model.cfg, x):
-        out, _ = model(F.pad(x.flatten(1), (0, PCA * model.class_tokens)), t, text)
+        out, _ = model(F.pad(x.flatten(1), (0, model.class_values)), t, text)
     return out[:, : model.image_values].view_as(x)
 
 
@@ -541,7 +546,7 @@ def sample(model: Transformer, noise: Tensor, text: Tensor, fresh=None) -> Tenso
     def with_class_token(image: Tensor) -> Tensor:  # (B, C, H, W) -> (B, M)
         if not model.class_tokens:
             return image.flatten(1)
-        return torch.cat([image.flatten(1), fresh().flatten(1)[:, :PCA]], dim=1)
+        return torch.cat([image.flatten(1), fresh().flatten(1)[:, : model.class_values]], dim=1)
 
     x = with_class_token(noise)
     times = sampling_times(cfg)
@@ -708,15 +713,21 @@ class Shards:
     """All shards of one split as memory-mapped arrays, checked by header before any work."""
 
     def __init__(self, track: Track, split: str, shapes: dict[str, tuple]):
-        """shapes: of what is read of each image, {name: shape}. Raises UserError."""
+        """shapes: of what is read of each image; of "features" it is their scale's. UserError."""
         self.track = track
-        self.shapes = shapes
+        self.feature_scale = torch.ones(1, 0)  # (1 + patches, components) of DINOv2: none
         self.shards = []  # {name: array (n, *shape)} each
         self.hashes = {}  # {path: sha256 of the file, as the manifest has it}, one each
         path = Path("data", track.name, "manifest.json")
         try:
             text = path.read_bytes()
             manifest = json.loads(text)
+            if "features" in shapes:
+                path = path.with_name("features.safetensors")
+                with safe_open(path, "pt") as file:
+                    self.feature_scale = file.get_tensor("scale")
+                shapes = shapes | dict(features=tuple(self.feature_scale.shape))
+            self.shapes = shapes
             for name in sorted(k for k in manifest["files"] if k.startswith(split + "_")):
                 path = path.with_name(name)
                 with safe_open(path, "pt") as file:  # maps the file, reads the header
@@ -731,10 +742,8 @@ class Shards:
                 self.hashes[path] = manifest["files"][name]["sha256"]
         except UNREADABLE as error:
             options = " --images DIR --features" if "features" in shapes else ""
-            raise UserError(
-                f"{path} is missing, damaged or foreign ({error}); "
-                f"run: python data/download.py {track.name}{options}"
-            )
+            mend = f"run: python data/download.py {track.name}{options}"
+            raise UserError(f"{path} is missing, damaged or foreign ({error}); {mend}")
         self.sha256 = hashlib.sha256(text).hexdigest()
         self.is_trial = "shards" in manifest.get("request", ())  # only a part of the data
         self.starts = np.cumsum([0] + [len(shard["labels"]) for shard in self.shards])
@@ -786,6 +795,7 @@ class Loader:
         self.world = world
         self.pool = ThreadPoolExecutor(1)
         self.ahead = {}  # step -> batch on its way
+        self.feature_scale = shards.feature_scale.to(world.device)
 
     @lru_cache(maxsize=2)  # noqa: B019
     def order(self, epoch: int) -> np.ndarray:
@@ -799,11 +809,14 @@ class Loader:
         return self.shards.gather(np.array(indices), self.world.device)
 
     def __call__(self, step: int) -> dict[str, Tensor]:
-        """What Shards.gather gives for this process's slice of `step`, on the device."""
+        """This process's slice of `step` on the device: see Shards.gather; features are scaled."""
         batch = self.ahead.pop(step, None) or self.pool.submit(self.fetch, step)
         self.ahead = {step + 1: self.pool.submit(self.fetch, step + 1)}
         rows = batch.result().items()
-        return {name: x.to(self.world.device, non_blocking=True) for name, x in rows}
+        rows = {name: x.to(self.world.device, non_blocking=True) for name, x in rows}
+        if "features" in rows:
+            rows["features"] = rows["features"] * self.feature_scale
+        return rows
 
 
 def load_captions(track: Track, device) -> Tensor:
@@ -858,14 +871,14 @@ def make_batch(model, captions: Tensor, rows: dict, seed: int, step: int, world)
     noise = torch.randn(B, model.image_values, generator=g, device=device)[mine]
     first_t, caption, drop, flip = torch.rand(4, B, generator=g, device=device)
     routing = torch.rand(B, 1 + len(model.position), generator=g, device=device)[mine]
-    class_noise = torch.randn(B, PCA, generator=g, device=device)[mine]
+    class_noise = torch.randn(B, model.class_values, generator=g, device=device)[mine]
     t = (first_t[0] + torch.arange(B, device=device) / B) % 1  # low discrepancy: VDM, appendix I.1
 
     x = to_model_scale(model.track, rows["latents"])
     if cfg.flip:
         x = torch.where(flip[mine].view(-1, 1, 1, 1) < 0.5, x.flip(-1), x)
     x = x.flatten(1)
-    features = rows["features"].float() * (4 / 127) if "features" in rows else None
+    features = rows.get("features")
     if model.class_tokens:
         x = torch.cat([x, features[:, 0]], dim=1)
         noise = torch.cat([noise, class_noise], dim=1)
@@ -906,20 +919,17 @@ class World:
         self.size = environment_number("WORLD_SIZE", 1)
         local_rank = environment_number("LOCAL_RANK", 0)
         if self.rank >= self.size or self.size > 1 and "MASTER_PORT" not in os.environ:
-            raise UserError(
-                f"RANK={self.rank} and WORLD_SIZE={self.size} are not torchrun's: unset them, or "
-                f"start with torchrun --nproc_per_node={max(self.size, 1)} train_speedrun.py"
-            )
+            found = f"RANK={self.rank} and WORLD_SIZE={self.size}"
+            mend = f"torchrun --nproc_per_node={max(self.size, 1)} train_speedrun.py"
+            raise UserError(f"{found} are not torchrun's: unset them, or start with {mend}")
         self.step = 0  # for error lines, as the folder
         self.folder = None
         self.device = torch.device("cpu")
         backend = "gloo"
         if torch.cuda.is_available():
             if local_rank >= torch.cuda.device_count():
-                raise UserError(
-                    f"process {local_rank} of this node has no GPU of its own: there are "
-                    f"{torch.cuda.device_count()}, start as many processes"
-                )
+                found = f"there are {torch.cuda.device_count()}, start as many processes"
+                raise UserError(f"process {local_rank} of this node has no GPU of its own: {found}")
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
             backend = "nccl"
@@ -1022,10 +1032,10 @@ class Clock:
 class State:
     """What a run carries from step to step: model, EMA, optimizers. Saved, restored, rewound."""
 
-    def __init__(self, cfg: Config, seed: int, world: World):
+    def __init__(self, cfg: Config, seed: int, world: World, components: int = 0):
         self.cfg = cfg
         self.world = world
-        self.model = Transformer(cfg, TRACKS[cfg.track])
+        self.model = Transformer(cfg, TRACKS[cfg.track], components)
         self.model.init_weights(seed)
         self.model.to(world.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
@@ -1102,10 +1112,9 @@ def read_losses(losses: list[dict], step: int, world: World) -> dict[str, float]
     means = world.sum(torch.stack([torch.stack(list(terms.values())) for terms in losses]))
     is_finite = means.isfinite().all(dim=1).tolist()
     if not all(is_finite):
-        raise UserError(
-            f"the loss of step {step - len(losses) + 1 + is_finite.index(False)} is not finite: "
-            "lower the learning rate; what was saved before it stays"
-        )
+        first = step - len(losses) + 1 + is_finite.index(False)
+        mend = "lower the learning rate; what was saved before it stays"
+        raise UserError(f"the loss of step {first} is not finite: {mend}")
     last = dict(zip(losses[-1], means[-1].tolist()))
     return dict(train_loss=sum(last.values()), **(last if len(last) > 1 else {}))
 
@@ -1126,7 +1135,7 @@ def validate(state: State, val: Shards, captions: Tensor) -> float:
         rows = val.gather(np.arange(start, start + size), device)
         x = to_model_scale(track, rows["latents"])
         images = torch.stack([x, noise[part]]).flatten(2)  # (2, B, CHW)
-        images = F.pad(images, (0, PCA * state.model.class_tokens)).to(device)
+        images = F.pad(images, (0, state.model.class_values)).to(device)
         text = captions[rows["labels"].long().to(device), 0]
         batch = Batch(*images.unbind(0), t[part].to(device), text)
         total += state.loss_terms(state.ema, batch)["flow"].double().sum()
@@ -1186,7 +1195,7 @@ def load_checkpoint(path, device="cpu") -> tuple[Transformer, dict]:
         meta = file.metadata()
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     cfg = CONFIGS[meta["config"]]
-    model = Transformer(cfg, TRACKS[cfg.track])
+    model = Transformer(cfg, TRACKS[cfg.track], int(meta["feature_components"]))
     if cfg.autoguidance:
         model.weak = copy.deepcopy(model).requires_grad_(False)
     model.load_state_dict(weights)
@@ -1204,19 +1213,16 @@ def load_state(folder: Path, code_sha256: str) -> dict:
     """What a killed run left in its folder. Raises UserError."""
     path = folder / "state.pt"
     if not path.exists():
-        raise UserError(
-            f"{folder} has no state to resume from: it is finished or no run's folder; "
-            "start a new run"
-        )
+        reason = "it is finished or no run's folder; start a new run"
+        raise UserError(f"{folder} has no state to resume from: {reason}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         assert saved["meta"].keys() >= {"config", "seed", "step", "seconds", "code_sha256"}
     except Exception as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}): start a new run")
     if saved["meta"]["code_sha256"] != code_sha256 or saved["meta"]["config"] not in CONFIGS:
-        raise UserError(
-            f"{folder} is of another train_speedrun.py: cp {folder}/train_speedrun.py ."
-        )
+        mend = f"cp {folder}/train_speedrun.py ."
+        raise UserError(f"{folder} is of another train_speedrun.py: {mend}")
     return saved
 
 
@@ -1256,11 +1262,9 @@ def check_config(cfg: Config, world: World):
     """Refuses what cannot be trained, before any work. AssertionError with the values."""
     track = TRACKS[cfg.track]
     layers = cfg.repa_layers
+    counts = f"batch_size {cfg.batch_size} and the {track.val_images} validation images"
     divides = cfg.batch_size % world.size == track.val_images % world.size == 0
-    assert divides, (
-        f"world size {world.size} does not divide batch_size {cfg.batch_size} and the "
-        f"{track.val_images} validation images: start another number of processes"
-    )
+    assert divides, f"world size {world.size} does not divide {counts}: start another number"
     fits = track.shape[1] % cfg.patch == track.shape[2] % cfg.patch == cfg.width % cfg.head_dim == 0
     assert fits, f"patch must divide {track.shape}, head_dim {cfg.head_dim} the width {cfg.width}"
     assert cfg.head_dim % 4 == 0, f"head_dim {cfg.head_dim} is no multiple of 4 (2-D RoPE)"
@@ -1272,8 +1276,6 @@ def check_config(cfg: Config, world: World):
     assert even or not cfg.cfm, "cfm pairs images: give each forward an even number of them"
     aligns = set(layers) <= set(range(1, cfg.depth + 1)) and bool(layers) == bool(cfg.repa)
     assert aligns, f"repa {cfg.repa}, repa_layers {layers}: both or none, in 1 .. {cfg.depth}"
-    patches = math.prod(track.shape[1:]) // cfg.patch**2
-    assert patches == PATCHES or not layers, f"{patches} patches, but DINOv2 saw {PATCHES}"
     nfe = sampling_nfe(cfg)
     assert nfe <= track.max_nfe, f"sample takes {nfe} network evaluations, of {track.max_nfe}"
 
@@ -1281,17 +1283,19 @@ def check_config(cfg: Config, world: World):
 def open_data(cfg: Config, track: Track, world: World) -> tuple[Shards, Shards]:
     """Training and validation shards, read once and checked. Raises UserError."""
     shapes = dict(latents=track.shape, labels=())
-    features = dict(features=(1 + PATCHES, PCA)) if cfg.reg or cfg.repa else {}
+    features = dict(features=None) if cfg.reg or cfg.repa else {}
     data = Shards(track, "train", shapes | features)
     val = Shards(track, "val", shapes)
     mend = f"run: python data/download.py {track.name}"
-    if not data.is_trial and data.count != track.train_images or val.count < track.val_images:
-        raise UserError(
-            f"data/{track.name} holds {data.count} training and {val.count} validation images, not "
-            f"{track.train_images} and {track.val_images}; {mend}"
-        )
+    wanted = track.train_images or data.count
+    if not data.is_trial and data.count != wanted or val.count < track.val_images:
+        found = f"{data.count} training and {val.count} validation images"
+        raise UserError(f"data/{track.name}: {found}, not {wanted} and {track.val_images}; {mend}")
     if not data.is_trial and data.sha256 != MANIFESTS.get(track.name, data.sha256):
         raise UserError(f"data/{track.name}/manifest.json is not that of {track.name}; {mend}")
+    patches = math.prod(track.shape[1:]) // cfg.patch**2
+    seen = len(data.feature_scale) - 1
+    assert patches == seen or not cfg.repa, f"{patches} patches, but DINOv2 saw {seen}"
     label_count = len(load_captions(track, "cpu"))
     data.check(label_count, world)
     val.check(label_count, world)
@@ -1321,16 +1325,16 @@ class Run:
         check_config(self.cfg, world)
         self.data, self.val = open_data(self.cfg, self.track, world)
         self.meta.update(track=self.track.name, data_sha256=self.data.sha256)
+        self.meta["feature_components"] = self.data.feature_scale.shape[1]
         torch.set_float32_matmul_precision("high")
-        self.state = State(self.cfg, self.meta["seed"], world)
+        self.state = State(self.cfg, self.meta["seed"], world, self.meta["feature_components"])
         self.clock = Clock(world, self.meta["seconds"])
         if resume:
             try:
                 self.state.load_state_dict(saved)
             except Exception as error:  # torch's own errors have no common class
-                raise UserError(
-                    f"{resume}/state.pt is damaged ({type(error).__name__}): start again"
-                )
+                reason = type(error).__name__
+                raise UserError(f"{resume}/state.pt is damaged ({reason}): start again")
             self.log(f"\nresumed from step {self.meta['step']} at {self.clock.seconds:.3f}s")
         else:
             self.folder = Path("logs", f"{datetime.now():%Y%m%d-%H%M%S}_{name}_seed{seed}")
@@ -1358,11 +1362,9 @@ class Run:
         """The line after `step` updates: the first loss, the clock, then the loss's terms."""
         ms = 1000 * self.clock.read()
         first, *terms = (f"{name}:{value:.5f}" for name, value in losses.items())
-        images = step * self.cfg.batch_size
         times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
-        self.log(
-            " ".join([f"step:{step}/{self.cfg.steps} images:{images} {first} {times}", *terms])
-        )
+        line = f"step:{step}/{self.cfg.steps} images:{step * self.cfg.batch_size} {first} {times}"
+        self.log(" ".join([line, *terms]))
         if self.state.world.rank == 0 and sys.stderr.isatty():  # a line that the next one covers
             left = ms / max(step, 1) * (self.cfg.steps - step) / 1000
             print(f"about {left:.0f} s of training left", end="\r", file=sys.stderr, flush=True)
