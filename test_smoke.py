@@ -130,7 +130,7 @@ def test_log_parses_and_the_referee_agrees(everything_on):
     assert results["nfe"] == log["sampling_nfe"] == 30  # 10 steps, all of them guided twice
 
 
-def test_every_parameter_is_trained_exactly_once_and_has_an_initialisation():
+def test_every_parameter_is_trained_exactly_once_and_has_an_initialisation(tiny):
     for muon_lr, names in ((0.02, {"adamw", "muon"}), (0.0, {"adamw"})):
         state = ts.State(replace(ALL, muon_lr=muon_lr), 0, ts.World(), testing.COMPONENTS)
         assert {shard.rule.__name__ for shard in state.shards} == names
