@@ -133,8 +133,8 @@ def test_log_parses_and_the_referee_agrees(everything_on):
 def test_every_parameter_is_trained_exactly_once_and_has_an_initialisation(tiny):
     for muon_lr, names in ((0.02, {"adamw", "muon"}), (0.0, {"adamw"})):
         state = ts.State(replace(ALL, muon_lr=muon_lr), 0, ts.World(), testing.COMPONENTS)
-        assert {shard.rule.__name__ for shard in state.shards} == names
-        trained = [id(p) for shard in state.shards for p in shard.params]
+        assert {share.rule.__name__ for share in state.shares} == names
+        trained = [id(p) for share in state.shares for p in share.params]
         assert sorted(trained) == sorted(map(id, state.model.parameters()))
     state.model.surprise = torch.nn.Parameter(torch.zeros(2))
     with pytest.raises(ValueError, match="surprise"):

@@ -144,7 +144,6 @@ class Config:
     last_step: float = 0.0  # final step, before the shift; 0 = as the others
     # numerics
     bf16: bool = True  # autocast, over bf16 copies of fp32 weights; Newton-Schulz in bf16 too
-    sum_bf16: bool = False  # gradients of all processes are summed in bf16: half the bytes
     compile: bool = True  # False: plain eager PyTorch, for debugging
 
 
@@ -625,7 +624,7 @@ def update(rule, rows: dict, gradient: Tensor, average: Tensor, now: dict, cfg: 
     average.lerp_(rows["weights"], 1 - now["ema_decay"])
 
 
-class Shard:
+class Share:
     """Parameters, and the part of them that this process alone trains (ZeRO, arXiv 1910.02054).
 
     They are rows: matrices of one shape or, with shape (), all numbers end to end, and zeros up to
@@ -659,8 +658,7 @@ class Shard:
     def reduce(self):
         """Begins to sum the gradients over the processes."""
         gradient = self.join([p.grad for p in self.params])
-        dtype = gradient.dtype if self.cfg.sum_bf16 else torch.float32
-        self.gradient, self.wait = self.world.reduce_scatter(gradient, dtype)
+        self.gradient, self.wait = self.world.reduce_scatter(gradient)
 
     def step(self, now: dict):
         """Updates this process's rows, then begins to send their weights to the others."""
@@ -975,12 +973,12 @@ class World:
         """This process's of the equally many rows of each: a view."""
         return x.chunk(self.size)[self.rank]
 
-    def reduce_scatter(self, x: Tensor, dtype) -> tuple:
-        """(n, ...) on each -> its rows of their sum, in `dtype`, and what waits for it."""
+    def reduce_scatter(self, x: Tensor) -> tuple:
+        """(n, ...) on each -> its rows of their sum, in fp32, and a function that waits for it."""
         if self.size == 1:
             return x, lambda: None
-        out = torch.empty_like(self.rows(x), dtype=dtype)
-        return out, dist.reduce_scatter_tensor(out, x.to(dtype), async_op=True).wait
+        out = torch.empty_like(self.rows(x), dtype=torch.float32)
+        return out, dist.reduce_scatter_tensor(out, x.float(), async_op=True).wait
 
     def all_gather(self, x: Tensor, out: Tensor):
         """Each one's rows into all of them, (n, ...); returns a function that waits for it."""
@@ -1045,16 +1043,16 @@ class State:
         for pair in zip(self.model.parameters(), self.ema.parameters()):
             is_bank = pair[0].dim() == 3 and cfg.muon_lr
             groups.setdefault(tuple(pair[0].shape[1:]) if is_bank else (), []).append(pair)
-        self.shards = [Shard(*zip(*g), shape, cfg, world) for shape, g in groups.items()]
+        self.shares = [Share(*zip(*g), shape, cfg, world) for shape, g in groups.items()]
         self.parts = dict(model=self.model, ema=self.ema)
-        self.parts |= {f"rows {shard.shape}": shard for shard in self.shards}
+        self.parts |= {f"rows {share.shape}": share for share in self.shares}
         compiled = torch.compile(loss_terms, dynamic=False, fullgraph=True)
         self.loss_terms = compiled if cfg.compile else loss_terms
 
     def gather_ema(self):
         """Brings the other processes' rows of the EMA here. Collective."""
-        for shard in self.shards:
-            self.world.all_gather(self.world.rows(shard.average).clone(), shard.average)()
+        for share in self.shares:
+            self.world.all_gather(self.world.rows(share.average).clone(), share.average)()
 
     def state_dict(self) -> dict:
         """Everything, the same for any number of processes. Collective."""
@@ -1092,14 +1090,14 @@ def train_step(state: State, step: int, batch: Batch) -> dict[str, Tensor]:
     now = dict(lr=lr_schedule(step, cfg), ema_decay=ema_decay(step, cfg), count=step + 1.0)
     now = {name: torch.full((), x, device=state.world.device) for name, x in now.items()}
     with record_function("exchange"):
-        for shard in state.shards:  # begun before the first update, they go on beside it
-            shard.reduce()
+        for share in state.shares:  # begun before the first update, they go on beside it
+            share.reduce()
         state.model.zero_grad(set_to_none=True)
-    for shard in state.shards:
-        with record_function(shard.rule.__name__):
-            shard.step(now)
-    for shard in state.shards:
-        shard.wait()
+    for share in state.shares:
+        with record_function(share.rule.__name__):
+            share.step(now)
+    for share in state.shares:
+        share.wait()
     return means
 
 
