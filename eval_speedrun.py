@@ -66,6 +66,8 @@ from data.validation import DRAWS_SEED, refuse_looked_up, validate
 CONTRACTS = {
     "cifar10": "b7b197f12c93f2d01686bdeffe15d3ba1fccf1578db969dfcc7e4eb9085122f3",
     "imagenet256": "f4d059bb8b2a03edbd3c8e89c07d7c75a845d7f4c7481e0d0d0b29a63812ccfc",
+    "imagenet512": "4b11e37d1f42eb9d9c87288f42996bfba4609b0c4bd78c249755787eb43c40a1",
+    "folder": "62e309148f515707e52e100ba49efd3d28440a121e0867536153b5c87bcbd7c3",
 }
 NOISE_SEED = 50_000_000  # image i starts from the noise of seed NOISE_SEED + i
 AUDITS = 1  # batches of the last checkpoint that are drawn once more, all FLOPs counted
@@ -77,7 +79,8 @@ GRID_ROWS = 10  # images of each caption in samples.png: as many as a batch has
 CURVE_IMAGES = {"uint8": 250, "float16": 1000}  # scored of every checkpoint
 IMAGES = {"uint8": 2000, "float16": 50_000}  # scored of the last one, unless --images says
 CURVE = {"uint8": ["lite"], "float16": ["dinov2", "judge"]}  # networks of every checkpoint
-FINAL = {"cifar10": ["inception"], "imagenet256": ["inception", "hps"]}  # of the last, on a GPU
+FINAL = {"cifar10": ["inception"]}  # of the last, on a GPU
+FINAL |= dict.fromkeys(("imagenet256", "imagenet512"), ["inception", "hps"])
 
 REFEREE = (  # whatever decides a number: results.json carries the hash of them all
     "eval_speedrun.py",
@@ -762,10 +765,7 @@ def refuse_arguments(args: argparse.Namespace):
 
 def referee_run(args: argparse.Namespace, world: World):
     """Evaluates the run and prints what lies where, and the row to paste. Raises UserError."""
-    asked = []
-    for name, network_class in NETWORKS.items():
-        if set(network_class.metrics) & set(args.metrics):
-            asked.append(name)
+    asked = [name for name, network in NETWORKS.items() if {*network.metrics} & {*args.metrics}]
     results = evaluate(args.run, world, args.images or 0, asked, args.last)
     if world.rank == 0:
         for name in ("log.txt", "results.json", "samples.png", "curve.png"):

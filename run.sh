@@ -2,18 +2,20 @@
 # ./run.sh [CONFIG]        environment, data, training, evaluation of one of the script's CONFIGS
 # ./run.sh test [smoke]    environment, all tests, or only those of test_smoke.py
 #
-# Without a GPU the default is cifar10-cpu. cifar10 takes one GPU, since its race is on one, and
-# imagenet256 as many of them as divide its batch; GPUS=4 asks for another number. The environment
-# is .venv, or the interpreter named in PYTHON; neither is touched when requirements.txt is met
-# already. SEED and RESUME reach the training script. imagenet256 wants ImageNet's photos, a folder
-# of class folders, in IMAGES: it trains on DINOv2's features of them, too.
+# Without a GPU the default is cifar10-cpu. cifar10 and folder take one GPU, imagenet256 and 512 as
+# many of them as divide its batch; GPUS=4 asks for another number. The environment is .venv, or the
+# interpreter named in PYTHON; neither is touched when requirements.txt is met already. SEED and
+# RESUME reach the training script. imagenet256 and imagenet512 want ImageNet's photos, a folder of
+# class folders, in IMAGES: they train on DINOv2's features of them, too. folder wants any photos
+# there; CAPTIONS may name a file of their captions.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 fail() { echo "run.sh: $*" >&2; exit 2; }
 
 what=${1:-default}
-configs=$(sed -n 's/^ *"\([^"]*\)": Config(.*/\1/p' train_speedrun.py | paste -sd ' ')
+configs=$(sed -n 's/^ *"\([^"]*\)": Config(.*/\1/p; s/^CONFIGS\["\([^"]*\)"\] = .*/\1/p' \
+  train_speedrun.py | paste -sd ' ')
 case "$*" in
   ""|test|"test smoke") ;;
   *) [[ $# = 1 && " $configs " = *" $what "* ]] ||
@@ -81,7 +83,7 @@ if name == "default":
 cfg = CONFIGS[name]
 shared = math.gcd(cfg.batch_size, TRACKS[cfg.track].val_images)  # each process gets as much
 fitting = [count for count in range(1, gpus + 1) if shared % count == 0]
-most = 1 if cfg.track == "cifar10" else gpus
+most = gpus if cfg.track.startswith("imagenet") else 1
 if asked and asked not in map(str, fitting):
     why = f"of the {gpus} GPUs here as many can share batch and validation images: {fitting}"
     print(f"run.sh: GPUS={asked} does not fit: {why}", file=sys.stderr)
@@ -98,13 +100,16 @@ else
 fi
 
 started=$SECONDS
-if [ "$track" != imagenet256 ]; then
+if [[ "$track" != imagenet* && "$track" != folder ]]; then
   "$python" data/download.py "$track"
+elif [ -n "${IMAGES:-}" ] && [ "$track" = folder ]; then
+  "$python" data/download.py folder --images "$IMAGES" ${CAPTIONS:+--captions "$CAPTIONS"}
 elif [ -n "${IMAGES:-}" ]; then
-  "${launch[@]}" data/download.py imagenet256 --images "$IMAGES" --features
-elif ! [ -e data/imagenet256/manifest.json ]; then
-  fail "imagenet256 trains on DINOv2's features, too: name the folder of ImageNet's photos in" \
-    "IMAGES; or set reg = 0, repa_layers = () and run: python data/download.py imagenet256"
+  "${launch[@]}" data/download.py "$track" --images "$IMAGES" --features
+elif ! [ -e "data/$track/manifest.json" ]; then
+  [ "$track" != folder ] || fail "folder trains on your photos: name their folder in IMAGES"
+  fail "$track trains on DINOv2's features, too: name the folder of ImageNet's photos in" \
+    "IMAGES; or set reg = 0, repa_layers = () and run: python data/download.py $track"
 fi
 echo "data: $((SECONDS - started)) s"
 

@@ -20,13 +20,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import eval_speedrun
 import train_speedrun as ts
+from data import testing
 from data.common import read_contract
 from data.testing import ALL, CONFIG, ROOT, TRACK, distance, last_run, python, racer, train_here
 from records.series import parse_log
 
 # Formatted lines of these files, of any other one in a folder, and of all tests together
 CAPS = {"train_speedrun.py": 1490, "eval_speedrun.py": 800, "test_smoke.py": 360}
-CAPS |= {"data": 600, "records": 420, "tests": 4080}
+CAPS |= {"data": 600, "records": 420, "tests": 4200}
 
 # The end of a racer's script: each process keeps its state at every validation, or dies before it
 WATCHED = """
@@ -57,11 +58,11 @@ def drawn(tiny):
     world = ts.World()
     data = ts.open_data(ALL, TRACK, world)
     captions = ts.load_captions(TRACK, world.device)
-    model = ts.Transformer(ALL, TRACK).requires_grad_(False)
+    model = ts.Transformer(ALL, TRACK, testing.COMPONENTS).requires_grad_(False)
     torch.manual_seed(0)
     for weights in model.parameters():
         weights.copy_(0.2 * torch.randn(weights.shape))
-    rows = data[0].gather(np.arange(16), world.device)
+    rows = ts.Loader(data[0], ALL, 0, world)(0)
     batch = ts.make_batch(model, captions, rows, 0, 0, world)
     forward = partial(model, batch.x, batch.t, batch.text)
     return SimpleNamespace(model=model, batch=batch, forward=forward, data=data, captions=captions)
@@ -129,18 +130,15 @@ def test_log_parses_and_the_referee_agrees(everything_on):
     assert results["nfe"] == log["sampling_nfe"] == 30  # 10 steps, all of them guided twice
 
 
-def test_every_parameter_is_trained_exactly_once_and_has_an_initialisation():
-    model = ts.Transformer(ALL, TRACK)
+def test_every_parameter_is_trained_exactly_once_and_has_an_initialisation(tiny):
     for muon_lr, names in ((0.02, {"adamw", "muon"}), (0.0, {"adamw"})):
-        optimizers = ts.make_optimizers(model, replace(ALL, muon_lr=muon_lr), ts.World())
-        assert set(optimizers) == names
-        trained = []
-        for optimizer in optimizers.values():
-            trained += map(id, optimizer.param_groups[0]["params"])
-        assert sorted(trained) == sorted(map(id, model.parameters()))
-    model.surprise = torch.nn.Parameter(torch.zeros(2))
+        state = ts.State(replace(ALL, muon_lr=muon_lr), 0, ts.World(), testing.COMPONENTS)
+        assert {share.rule.__name__ for share in state.shares} == names
+        trained = [id(p) for share in state.shares for p in share.params]
+        assert sorted(trained) == sorted(map(id, state.model.parameters()))
+    state.model.surprise = torch.nn.Parameter(torch.zeros(2))
     with pytest.raises(ValueError, match="surprise"):
-        model.init_weights(0)
+        state.model.init_weights(0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -154,21 +152,21 @@ def test_orthogonalized_matrices_are_near_orthogonal(dtype):
 @pytest.mark.parametrize("shape", [(6, 32, 32), (2, 128, 32), (2, 32, 128)])
 def test_muon_equals_the_plain_rule_matrix_by_matrix(shape):
     torch.manual_seed(1)
-    bank = torch.nn.Parameter(torch.randn(shape))
-    wanted = bank.detach().clone()
+    bank = torch.randn(shape)
+    wanted = bank.clone()
     momentum = 0.0
-    muon = ts.Muon([bank], lr=0.1, momentum=0.9, dtype=torch.float32, world=ts.World())
+    rows = dict(weights=bank, momentum=torch.zeros(shape))
     for _ in range(3):
-        bank.grad = torch.randn(shape)
-        momentum = 0.9 * momentum + 0.1 * bank.grad
-        for i, x in enumerate(0.1 * bank.grad + 0.9 * momentum):
+        gradient = torch.randn(shape)
+        momentum = 0.9 * momentum + 0.1 * gradient
+        for i, x in enumerate(0.1 * gradient + 0.9 * momentum):
             x = x / (x.norm() * 1.02 + 1e-6)
             for a, b, c in ts.POLAR_EXPRESS:
                 gram = x @ x.T
                 x = a * x + b * gram @ x + c * gram @ gram @ x
             wanted[i] -= 0.1 * max(1, shape[1] / shape[2]) ** 0.5 * x
-        muon.step()
-    assert_close(bank.detach(), wanted, rtol=1e-4, atol=1e-4)
+        ts.muon(rows, gradient, dict(lr=1.0), replace(CONFIG, muon_lr=0.1, muon_momentum=0.9))
+    assert_close(bank, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_schedules():
@@ -277,10 +275,9 @@ def test_loss_is_the_sum_of_its_terms(drawn):
 )
 def test_sampler_recovers_a_gaussian(sampler, last_step, guidance, reg, monkeypatch):
     """From its exact velocity; with REG, one in which images go with their class tokens."""
-    monkeypatch.setattr(ts, "PCA", 16)
     cfg = replace(CONFIG, guidance=guidance, reg=reg, sample_steps=400)
     cfg = replace(cfg, sampler=sampler, last_step=last_step)
-    model = ts.Transformer(cfg, replace(TRACK, shape=(1, 4, 4), text_width=1))
+    model = ts.Transformer(cfg, replace(TRACK, shape=(1, 4, 4), text_width=1), 16)
     pair = torch.tensor([[0.41, 0.40], [0.40, 0.41]] if reg else [[0.25]])
     covariance = pair.kron(torch.eye(16))
     unit = torch.eye(len(covariance))
@@ -318,7 +315,7 @@ def test_killed_run_resumes_to_the_bit(everything_on, tmp_path, monkeypatch):
 
 
 def test_warm_up_leaves_no_trace(drawn):
-    state = ts.State(ALL, 3, ts.World())
+    state = ts.State(ALL, 3, ts.World(), testing.COMPONENTS)
     for step in (4, 5):
         before, random = copy.deepcopy(state.state_dict()), torch.get_rng_state()
         ts.warm_up(state, drawn.data[0].shapes, drawn.captions)

@@ -6,6 +6,7 @@
     python data/download.py imagenet256 --shards 2  only the first 20,000 images: for a trial
     torchrun --nproc_per_node=8 data/download.py imagenet256 --images ILSVRC/train --features
     python data/download.py imagenet256 --captions captions.jsonl
+    python data/download.py folder --images DIR     your own photos, with their folders' names
 
 Writes data/<track>/{train,val}_NNN.safetensors (latents (N, C, H, W), labels (N,) int16),
 text.safetensors (pooled (captions, D) float16) and, last, manifest.json (sha256, bytes and count
@@ -33,132 +34,31 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT.parent))  # this file is run as a script
 
+from data import shards  # noqa: E402
 from data.common import (  # noqa: E402
-    DAMAGED,
     Captions,
     UserError,
     World,
     progress,
+    read_contract,
     sha256,
     sha256_of,
-    write_atomic,
 )
-from data.encoders import PCA, Photos  # noqa: E402
+from data.encoders import COMPONENTS, ENDINGS, Photos, read_photo  # noqa: E402
 from data.networks import answers, clip_text, from_hub  # noqa: E402
-
-SHARD = 10_000  # images in one shard
-
-# ---------------------------------------------------------------------------------------------
-# What every track writes
-# ---------------------------------------------------------------------------------------------
-
-
-def write_track(folder: Path, splits: dict, text: Captions, about: dict, about_text: dict):
-    """Writes the shards, the caption table and the manifest of a track. Raises UserError.
-
-    splits: {"train": (latents, labels), "val": ...}, arrays or tensors: latents (N, C, H, W), uint8
-    pixels or float16 latents, as the track's row in TRACKS says; labels (N,), integers from 0.
-    text: every label has equally many captions; pooled (captions, D) as wide as the row says.
-    about, about_text: {name: string}, kept in the files: where images and embeddings come from.
-    """
-    counts = {}
-    for split, (latents, labels) in splits.items():
-        for number, start in enumerate(range(0, len(latents), SHARD)):
-            shard = {
-                "latents": torch.as_tensor(latents[start : start + SHARD]).contiguous(),
-                "labels": torch.as_tensor(labels[start : start + SHARD]),
-            }
-            path = folder / f"{split}_{number:03d}.safetensors"
-            counts[path.name] = len(shard["labels"])
-            metadata = about | {"track": folder.name, "count": str(counts[path.name])}
-            write_safetensors(path, shard, metadata)
-    table = {"pooled": text.pooled.half()}
-    about_text = about_text | text_metadata(text.captions, text.labels)
-    write_safetensors(folder / "text.safetensors", table, about_text)
-    counts["text.safetensors"] = len(text.captions)
-    write_manifest(folder, counts, {"track": folder.name})
-
-
-def text_metadata(captions: list[str], labels: list[int]) -> dict:
-    return {"captions": json.dumps(captions), "labels": json.dumps(labels)}
-
-
-def write_safetensors(path: Path, tensors: dict, metadata: dict):
-    """Atomically, with the header in sorted order: equal content gives equal files.
-
-    A file that holds this already is left alone.
-    """
-    content = bytearray(save(tensors, metadata))
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    content[8:end] = text.ljust(end - 8)
-    if not path.is_file() or path.read_bytes() != content:
-        write_atomic(path, lambda temporary: temporary.write_bytes(content))
-
-
-def write_manifest(folder: Path, counts: dict, manifest: dict):
-    """The last file of a download: `manifest` and the files named in `counts`, {name: rows}."""
-    files = {}
-    for name in progress(counts, "hashing"):
-        files[name] = entry_of(folder / name, counts[name])
-    content = json.dumps(manifest | {"files": files}, indent=1) + "\n"
-    write_atomic(folder / "manifest.json", lambda temporary: temporary.write_text(content))
-    print(f"{folder}: {len(files)} files written")
-
-
-def entry_of(path: Path, count: int) -> dict:
-    """What the manifest says of a file."""
-    return {"sha256": sha256_of(path), "bytes": path.stat().st_size, "count": count}
-
-
-def all_there(folder: Path, request: dict) -> bool:
-    """Whether the manifest answers this request and its files are whole. Removes damaged ones."""
-    path = folder / "manifest.json"
-    if not path.is_file():
-        return False
-    damaged = []
-    try:
-        manifest = json.loads(path.read_text())
-        for name, entry in manifest["files"].items():
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                raise ValueError(f"{name!r} is no plain name of a shard")  # it could be deleted
-            file = folder / name
-            if not file.is_file() or entry_of(file, entry["count"]) != entry:
-                damaged.append(name)
-        as_asked = manifest.get("request", {}) == request
-    except DAMAGED as error:
-        print(f"{path} cannot be used ({error}): rewriting it")
-        return False
-    if as_asked and not damaged:
-        print(f"{folder}: {len(manifest['files'])} files, all there")
-        return True
-    print(f"{folder}: repairing {', '.join(damaged) or 'nothing; another part is asked for'}")
-    for name in damaged:
-        (folder / name).unlink(missing_ok=True)
-    return False
-
-
-def whole(path: Path, metadata: dict) -> bool:
-    """Whether a file of this very download is there: they are renamed when they are complete."""
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata().items() >= metadata.items()
-    except DAMAGED:
-        return False
-
-
-def need_disk(folder: Path, size: float, mend: str):
-    """Raises UserError where fewer than `size` bytes are free, beside what stands already."""
-    standing = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if shutil.disk_usage(folder.parent).free + standing < size:
-        raise UserError(f"{folder} needs {size / 1e6:.0f} MB of disk; {mend}")
+from data.shards import (  # noqa: E402
+    all_there,
+    need_disk,
+    text_metadata,
+    whole,
+    write_manifest,
+    write_safetensors,
+    write_track,
+)
 
 
 def local_file(name: str) -> Path | None:
@@ -358,12 +258,13 @@ def check_text():
 
 
 # ---------------------------------------------------------------------------------------------
-# ImageNet-256: latents of the E2E-INVAE, from the hub's zip or from photos
+# ImageNet: latents of the E2E-INVAE, from the hub's zip or from photos
 # ---------------------------------------------------------------------------------------------
 
 HUB_LATENTS = "datasets/SwayStar123/repa-imagenet-256/vae-in.zip"
 BLOCK = 2**24  # bytes fetched at a time of the remote zip
 HELD_OUT = 4096  # images, for validation
+SIZES = {"imagenet256": 256, "imagenet512": 512}  # pixels a side
 
 
 class ZippedLatents:
@@ -414,8 +315,10 @@ class ZippedLatents:
         return {"latents": torch.from_numpy(latents)}
 
 
-def imagenet256(folder: Path, args: argparse.Namespace):
-    """Writes what is missing of data/imagenet256; the processes of torchrun share the shards."""
+def imagenet(folder: Path, args: argparse.Namespace):
+    """Writes what is missing of data/<track>; the processes of torchrun share the shards."""
+    if not args.images and folder.name != "imagenet256":
+        raise UserError(f"no latents of {folder.name} are published: give --images <the photos>")
     if args.features and not args.images:
         raise UserError("--features are computed from photos: give --images <their folder>, too")
     if args.captions and not args.captions.is_file():
@@ -427,20 +330,22 @@ def imagenet256(folder: Path, args: argparse.Namespace):
     there = all_there(folder, request)
     world.wait()  # so that no process writes what a slower one is still checking
     if not there:
-        write_imagenet256(folder, args, request, world)
+        write_imagenet(folder, args, request, world)
     world.end()
 
 
-def write_imagenet256(folder: Path, args: argparse.Namespace, request: dict, world: World):
+def write_imagenet(folder: Path, args: argparse.Namespace, request: dict, world: World):
     """Each process writes its shards; then the first the captions and the manifest."""
-    images = Photos(args.images, world) if args.images else ZippedLatents()
+    size = SIZES[folder.name]
+    images = Photos(args.images, world, size) if args.images else ZippedLatents()
+    components = COMPONENTS.get(args.features, 0)
     counts = {}
-    if args.features:
-        images.add_features(folder / "features.safetensors", world)
+    if components:
+        images.add_features(folder / "features.safetensors", world, components)
         counts["features.safetensors"] = 0
     total = len(images.names)
     if args.shards:
-        total = min(total, args.shards * SHARD)
+        total = min(total, args.shards * shards.SHARD)
     if args.captions:
         captions = captions_of(args.captions, images.names[:total])
         labels = list(range(total))
@@ -450,9 +355,11 @@ def write_imagenet256(folder: Path, args: argparse.Namespace, request: dict, wor
         image_labels = torch.tensor(images.labels, dtype=torch.int16)
     evenly_spaced = np.linspace(0, total - 1, min(HELD_OUT, total // 4)).round()
     held_out = set(evenly_spaced.astype(int).tolist())
-    forecast(folder, images, total, args.features, world)
+    places = (size // 16) ** 2  # in a latent, and as many patches
+    image_bytes = 32 * places * 2 + (1 + places) * components + 2  # float16, int8, the label
+    forecast(folder, images, total, total * image_bytes, world)
     metadata = {
-        "track": "imagenet256",
+        "track": folder.name,
         "autoencoder": "E2E-INVAE f16d32",
         "scale": "0.3099",
         "source": f"{images.source}, the first {total}, {len(held_out)} of them held out",
@@ -460,9 +367,9 @@ def write_imagenet256(folder: Path, args: argparse.Namespace, request: dict, wor
         "captions": request.get("captions", "of the classes"),
         "features": str(args.features),
     }
-    starts = range(0, total, SHARD)
+    starts = range(0, total, shards.SHARD)
     for number, start in enumerate(starts):
-        rows = range(start, min(total, start + SHARD))
+        rows = range(start, min(total, start + shards.SHARD))
         held = torch.tensor([row in held_out for row in rows])
         masks = {f"train_{number:03d}.safetensors": ~held, f"val_{number:03d}.safetensors": held}
         for name, mask in masks.items():
@@ -478,12 +385,14 @@ def write_imagenet256(folder: Path, args: argparse.Namespace, request: dict, wor
     if world.rank == 0:
         embed_captions(folder / "text.safetensors", captions, labels)
         counts["text.safetensors"] = len(captions)
-        write_manifest(folder, counts, {"track": "imagenet256", "request": request})
+        write_manifest(folder, counts, {"track": folder.name, "request": request})
 
 
-def forecast(folder: Path, images, total: int, features: bool, world: World):
-    """Says what the download will take, by its first 16 images. Raises UserError without disk."""
-    disk = total * (32 * 16 * 16 * 2 + 2 + 257 * PCA * features)  # bytes: latents, label, features
+def forecast(folder: Path, images, total: int, disk: int, world: World):
+    """Says what the download will take, by its first 16 images. Raises UserError without disk.
+
+    disk: bytes of all images' shards.
+    """
     need_disk(folder, 1.05 * disk, "free some, or ask for fewer --shards")
     count = min(16, total)
     began = time.perf_counter()
@@ -551,11 +460,62 @@ def embed_captions(path: Path, captions: list[str], labels: list[int]):
 
 
 # ---------------------------------------------------------------------------------------------
+# Your own photos
+# ---------------------------------------------------------------------------------------------
+
+SCRIPT = ROOT.parent / "train_speedrun.py"  # its row of the track says the size
+
+
+def own_photos(folder: Path, args: argparse.Namespace):
+    """Writes data/folder: all photos below a folder, as pixels. Raises UserError.
+
+    Their size, and how many are held out for validation, are those of the track's row in TRACKS. A
+    photo's caption is the name of the folder it lies in, or its line in --captions. Photos with
+    the same caption share a label.
+    """
+    if not (args.images and args.images.is_dir()):
+        raise UserError(f"--images {args.images or ''}: give a folder of photos")
+    row = read_contract(SCRIPT.read_text(), folder.name).track
+    root = args.images.resolve()
+    files = sorted(file for file in root.rglob("*") if file.suffix.lower() in ENDINGS)
+    if len(files) < 4 * row.val_images:
+        raise UserError(
+            f"{args.images} holds {len(files)} photos ({', '.join(ENDINGS)}): give "
+            f"{4 * row.val_images} or more, of which {row.val_images} are held out"
+        )
+    names = [file.relative_to(root).as_posix() for file in files]
+    if args.captions:
+        captions = captions_of(args.captions, names)
+    else:
+        folders = [file.parent.name.replace("_", " ") for file in files]
+        captions = [" ".join(name.split()) or "a photo" for name in folders]
+    facts = [f"{name} {file.stat().st_size}" for name, file in zip(names, files)]
+    request = {"shape": str(row.shape), "photos": sha256("\n".join(facts + captions).encode())}
+    if all_there(folder, request):
+        return
+    need_disk(folder, 1.05 * len(files) * np.prod(row.shape), "free some and run this again")
+    table = sorted(set(captions))
+    text = Captions(table, list(range(len(table))), clip_text(table, row.text_width))
+    crops = [read_photo(file, row.shape[1], upright=True) for file in progress(files, "photos")]
+    pixels = np.stack(crops).transpose(0, 3, 1, 2)  # (N, 3, H, W)
+    label_of = {caption: label for label, caption in enumerate(table)}
+    labels = np.array([label_of[caption] for caption in captions], np.int32)
+    is_held = np.zeros(len(files), bool)
+    is_held[np.linspace(0, len(files) - 1, row.val_images).round().astype(int)] = True
+    splits = {
+        "train": (pixels[~is_held], labels[~is_held]),
+        "val": (pixels[is_held], labels[is_held]),
+    }
+    about = {"autoencoder": "none: pixels", "source": f"{len(files)} photos"}
+    write_track(folder, splits, text, about, {"encoder": "OpenAI CLIP ViT-B/32"}, request)
+
+
+# ---------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------
 
 # What brings each track; called with its folder, data/<track>, and the command line's values.
-DOWNLOADS = {"cifar10": cifar10, "imagenet256": imagenet256}
+DOWNLOADS = {"cifar10": cifar10, "folder": own_photos} | dict.fromkeys(SIZES, imagenet)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -564,11 +524,12 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("track", help=" or ".join(DOWNLOADS))
     add("--check-text", action="store_true", help="cifar10: recompute the caption table")
-    add("--shards", type=int, default=0, help="imagenet256: only the first N times 10,000 images")
-    add("--images", type=Path, help="imagenet256: a folder of class folders of photos to encode")
-    add("--features", action="store_true", help="with --images: DINOv2-B's, too")
-    add("--captions", type=Path, help="imagenet256: a caption of each image, as JSON lines")
-    add("--templates", type=int, default=80, help="imagenet256: captions of a class, beside it")
+    add("--shards", type=int, default=0, help="imagenet: only the first N times 10,000 images")
+    add("--images", type=Path, help="imagenet: a folder of class folders of photos; folder: of any")
+    features = dict(nargs="?", const="pca", choices=COMPONENTS)
+    add("--features", **features, help="imagenet, with --images: DINOv2-B's; of 64 or 768 values")
+    add("--captions", type=Path, help="a caption of each image, as JSON lines")
+    add("--templates", type=int, default=80, help="imagenet: captions of a class, beside it")
     args = parser.parse_args(arguments)
     try:
         if args.track not in DOWNLOADS:

@@ -1,4 +1,4 @@
-"""What imagenet256 is made with: the crop, the compressed features, the autoencoder, photos.
+"""What tracks of latents are made with: the crop, the compressed features, the autoencoder, photos.
 
 `data/download.py` turns photos into latents and features here; the referee decodes samples.
 Definitions follow the sources named, to the resize. Not to be edited for a record.
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -35,41 +36,82 @@ def center_crop(image, size: int = 256) -> np.ndarray:
     return pixels[top : top + size, left : left + size]
 
 
+ENDINGS = (".jpeg", ".jpg", ".png")  # of a photo's file name, in small letters
+
+
+def read_photo(file: Path, size: int, upright: bool = False) -> np.ndarray:
+    """A photo's centre, uint8 (size, size, 3). Raises UserError.
+
+    upright: turned as its camera says. ADM did not turn ImageNet's.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        photo = Image.open(file)
+        if upright:
+            photo = ImageOps.exif_transpose(photo)
+        return center_crop(photo.convert("RGB"), size)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{file} is not a photo ({error}); replace or remove it")
+
+
 # ---------------------------------------------------------------------------------------------
 # Compressed features
 # ---------------------------------------------------------------------------------------------
 
-PCA = 64  # principal components kept of a token
+WIDTH = 768  # of a token
+COMPONENTS = {"pca": 64, "full": WIDTH}  # principal components kept of a token, by --features
+PHOTOS_TO_FIT = 4  # for each component, or a class token's last ones would have no variance
+NARROWEST = 0.01  # of the widest component's deviation: that of one which the photos hardly show
 
 
 class PatchFeatures:
-    """DINOv2-B/14 (arXiv 2304.07193) on 224 pixels, after the norm: class token, 16 x 16 patches.
+    """DINOv2-B/14 (arXiv 2304.07193) after the norm: class token, a patch for each latent's place.
 
-    They are kept as int8 in two PCA bases, one of class tokens and one of patches, fitted on some
-    photos. A feature is mean + basis @ (int8 * scale); the three are in features.safetensors.
+    It sees 14 pixels for each 16 of the photo: 224 of 256, 448 of 512. The tokens are kept as int8
+    in two PCA bases, one of class tokens and one of patches, fitted on some photos. A token is
+    mean + widest * basis @ (int8 * scale); all of these are in features.safetensors, of whose
+    `scale` (1 + patches, components) the training script takes the features' shape and steps.
     """
 
-    KINDS = (slice(0, 1), slice(1, None))  # of the 257 tokens: the class token, the patches
+    KINDS = (slice(0, 1), slice(1, None))  # of the tokens: the class token, the patches
 
-    def __init__(self, device: torch.device):
-        self.network = dinov2("base", "dinov2-b", device)
+    def __init__(self, device: torch.device, size: int = 256, components: int = 64):
+        """size: pixels a side of the photos; components: how many are kept of a token."""
+        self.side = size // 16  # patches
+        self.components = components
+        self.network = dinov2("base", "dinov2-b", device, self.side)
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, 256, 256) -> float (B, 257, 768)."""
-        return self.network.forward_features(tensor_bicubic(images, IMAGENET))
+        """uint8 (B, 3, size, size) -> float (B, 1 + patches, 768)."""
+        return self.network.forward_features(tensor_bicubic(images, IMAGENET, 14 * self.side))
 
     def fit(self, batches: Iterable[Tensor], path: Path):
         """Fits both bases on batches of images and writes them to `path`. Raises UserError.
 
-        mean (2, 768), basis (2, 768, PCA), scale (2, 1), explained share of the variance (2,).
+        mean (2, 768), basis (2, 768, components), widest (2, 1), explained share of the variance
+        (2,), scale (1 + patches, components).
         """
-        found = torch.cat([self.tokens(images).double().cpu() for images in batches])
-        bases = [principal_components(found[:, kind].flatten(0, 1)) for kind in self.KINDS]
-        tensors = {}
-        for name in bases[0]:
-            stacked = torch.stack([basis[name] for basis in bases])
-            tensors[name] = stacked.float().contiguous()
+        count = torch.zeros(2, 1)
+        total = torch.zeros(2, WIDTH, dtype=torch.float64)
+        products = torch.zeros(2, WIDTH, WIDTH, dtype=torch.float64)
+        for images in batches:  # all their tokens would not fit into memory
+            tokens = self.tokens(images).double()
+            for i, kind in enumerate(self.KINDS):
+                rows = tokens[:, kind].flatten(0, 1)
+                count[i] += len(rows)
+                total[i] += rows.sum(dim=0).cpu()
+                products[i] += (rows.T @ rows).cpu()
+        mean = total / count
+        bases = []
+        for i in range(2):
+            covariance = products[i] / count[i] - mean[i].outer(mean[i])
+            bases.append(principal_components(covariance, self.components))
+        tensors = {name: torch.stack([basis[name] for basis in bases]) for name in bases[0]}
+        tensors["mean"] = mean
+        tensors["scale"] = tensors["scale"][[0] + [1] * self.side**2]
+        tensors = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
         write_atomic(path, lambda temporary: save_file(tensors, temporary))
 
     def load(self, path: Path, device: torch.device):
@@ -77,38 +119,43 @@ class PatchFeatures:
         tensors = load_file(path)
         self.mean = tensors["mean"].to(device)
         self.basis = tensors["basis"].to(device)
-        self.scale = tensors["scale"].to(device)
+        self.step = (tensors["scale"][:2] * tensors["widest"]).to(device)  # (2, components)
         of_class, of_patches = tensors["explained"]
         print(
-            f"{path}: {PCA} int8 values explain {of_class:.3f} of the class tokens' variance, "
-            f"{of_patches:.3f} of the patches'",
+            f"{path}: {self.components} int8 values explain {of_class:.3f} of the class tokens' "
+            f"variance, {of_patches:.3f} of the patches'",
             flush=True,
         )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, 256, 256) -> int8 (B, 257, PCA), on the CPU."""
+        """uint8 (B, 3, size, size) -> int8 (B, 1 + patches, components), on the CPU."""
         tokens = self.tokens(images)
         parts = []
         for i, kind in enumerate(self.KINDS):
             components = (tokens[:, kind] - self.mean[i]) @ self.basis[i]
-            parts.append(components / self.scale[i])
+            parts.append(components / self.step[i])
         whole = torch.cat(parts, dim=1)
         return whole.round().clamp(-127, 127).to(torch.int8).cpu()
 
 
-def principal_components(tokens: Tensor) -> dict[str, Tensor]:
-    """(n, 768) -> mean (768,), basis (768, PCA), scale (1,), explained share of the variance ().
+def principal_components(covariance: Tensor, count: int) -> dict[str, Tensor]:
+    """(768, 768) -> basis (768, count), scale (count,), the deviation of the widest component (1,),
+    the explained share of the variance ().
 
-    The int8 range of every component is 4 standard deviations of the first, the widest.
+    scale is what a step of int8 is worth, in deviations of the widest component. It is the same
+    for the first components, whose range is 4; where all are kept, the last would be rounded away,
+    and each has a range of 6 deviations of its own.
     """
-    values, vectors = torch.linalg.eigh(tokens.T.cov())  # in ascending order
-    values = values.flip(-1)
-    deviation = values[:1].clamp(min=1e-12).sqrt()
+    values, vectors = torch.linalg.eigh(covariance)  # in ascending order
+    values = values.flip(-1).clamp(min=1e-24)
+    scale = torch.full_like(values, 4 / 127)
+    if count == len(values):
+        scale = 6 / 127 * (values / values[0]).sqrt().clamp(min=NARROWEST)
     return {
-        "mean": tokens.mean(0),
-        "basis": vectors.flip(-1)[:, :PCA],
-        "scale": 4 / 127 * deviation,
-        "explained": values[:PCA].sum() / values.sum(),
+        "basis": vectors.flip(-1)[:, :count],
+        "scale": scale[:count],
+        "widest": values[:1].sqrt(),
+        "explained": values[:count].sum() / values.sum(),
     }
 
 
@@ -317,27 +364,28 @@ class Photos:
 
     image_bytes = 0  # to be fetched for one image: they are here already
 
-    def __init__(self, folder: Path, world: World):
+    def __init__(self, folder: Path, world: World, size: int = 256):
+        self.size = size  # pixels a side
         self.files = []
         self.labels = []
         classes = sorted(path for path in folder.glob("*") if path.is_dir())
         for label, path in enumerate(classes):
-            files = [f for f in path.iterdir() if f.suffix.lower() in (".jpeg", ".jpg", ".png")]
+            files = [file for file in path.iterdir() if file.suffix.lower() in ENDINGS]
             self.files += sorted(files)
             self.labels += [label] * len(files)
         self.names = [f"{file.parent.name}/{file.name}" for file in self.files]
         if not self.files:
-            raise UserError(f"{folder} holds no class folders of .jpeg, .jpg or .png photos")
+            raise UserError(f"{folder} holds no class folders of photos ({', '.join(ENDINGS)})")
         self.source = f"{len(self.files)} photos"
         self.device = world.device
         self.autoencoder = load_autoencoder(world.device)
         self.features = None
 
-    def add_features(self, path: Path, world: World):
-        """Fits the features' bases on 512 photos, evenly spaced, once."""
-        self.features = PatchFeatures(world.device)
-        if world.rank == 0 and not path.is_file():
-            count = min(512, len(self.files))
+    def add_features(self, path: Path, world: World, components: int):
+        """Fits the features' bases on 512 photos or more, evenly spaced, once."""
+        self.features = PatchFeatures(world.device, self.size, components)
+        if world.rank == 0 and scale_shape(path) != [1 + (self.size // 16) ** 2, components]:
+            count = min(max(512, PHOTOS_TO_FIT * components), len(self.files))
             rows = np.linspace(0, len(self.files) - 1, count).astype(int).tolist()
             starts = progress(range(0, count, 16), "PCA")
             self.features.fit((self.pixels(rows[at : at + 16]) for at in starts), path)
@@ -345,25 +393,20 @@ class Photos:
         self.features.load(path, world.device)
 
     def pixels(self, rows: Iterable[int]) -> Tensor:
-        """uint8 (n, 3, 256, 256). Raises UserError."""
-        from PIL import Image
-
-        crops = []
-        for row in rows:
-            file = self.files[row]
-            try:
-                crops.append(torch.tensor(center_crop(Image.open(file).convert("RGB"))))
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
-                raise UserError(f"{file} is not a photo ({error}); replace or remove it")
+        """uint8 (n, 3, size, size). Raises UserError."""
+        crops = [torch.tensor(read_photo(self.files[row], self.size)) for row in rows]
         return torch.stack(crops).permute(0, 3, 1, 2).to(self.device)
 
     def read(self, rows: range) -> dict[str, Tensor]:
-        """latents (n, 32, 16, 16) float16 and, where asked for, features (n, 257, PCA) int8."""
+        """latents (n, 32, side, side) float16, side = size / 16, and features where asked for:
+        int8 (n, 1 + side^2, components).
+        """
         latents, features = [], []
         for at in range(0, len(rows), 16):
             batch = rows[at : at + 16]
             pixels = self.pixels(batch)
-            noise = torch.stack([posterior_noise(row) for row in batch]).to(self.device)
+            noise = [posterior_noise(row, self.size // 16) for row in batch]
+            noise = torch.stack(noise).to(self.device)
             sampled = self.autoencoder.encode(pixels / 127.5 - 1, noise)
             latents.append(sampled.half().cpu())
             if self.features:
@@ -373,6 +416,15 @@ class Photos:
         return {"latents": torch.cat(latents), "features": torch.cat(features)}
 
 
-def posterior_noise(row: int) -> Tensor:
-    """(32, 16, 16) by the image's number alone, so any process encodes it to the same latent."""
-    return torch.randn(32, 16, 16, generator=torch.Generator().manual_seed(row))
+def scale_shape(path: Path) -> list[int]:
+    """[1 + patches, components] of a file of bases; empty where there is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.get_slice("scale").get_shape()
+    except (OSError, SafetensorError):
+        return []
+
+
+def posterior_noise(row: int, side: int) -> Tensor:
+    """(32, side, side) by the image's number alone: any process encodes it to the same latent."""
+    return torch.randn(32, side, side, generator=torch.Generator().manual_seed(row))

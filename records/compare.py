@@ -25,6 +25,7 @@ import argparse
 import ast
 import difflib
 import json
+import math
 import os
 import re
 import statistics
@@ -66,6 +67,9 @@ def write_noise(track, folder: Path, count: int = 2048):
     torch.manual_seed(0)
     folder.mkdir()
     files = {}
+    patches = 256 if track.dtype == "uint8" else math.prod(track.shape[1:])
+    steps = torch.full((1 + patches, 64), 4 / 127)
+    save_file({"scale": steps}, folder / "features.safetensors")
     for split, rows in (("train", count), ("val", VALIDATION_IMAGES)):
         path = folder / f"{split}_000.safetensors"
         stored = torch.randn(rows, *track.shape) / track.scale + track.shift
@@ -73,7 +77,7 @@ def write_noise(track, folder: Path, count: int = 2048):
             stored = stored.clamp(0, 255)
         shard = {"latents": stored.to(getattr(torch, track.dtype))}
         shard["labels"] = torch.arange(rows, dtype=torch.int16) % 10
-        shard["features"] = torch.randint(-127, 128, (rows, 257, 64), dtype=torch.int8)
+        shard["features"] = torch.randint(-127, 128, (rows, *steps.shape), dtype=torch.int8)
         save_file(shard, path, {"track": track.name})
         size = path.stat().st_size
         files[path.name] = {"count": rows, "bytes": size, "sha256": sha256_of(path)}

@@ -63,6 +63,7 @@ RACES = {
         baseline="2026-11-20_Bare-minimum",
     ),
     "imagenet256": Race("imagenet256", (Goal("FID-50k", 3.49, 0.02),), "train_time_s"),
+    "imagenet512": Race("imagenet512", (Goal("FID-50k", 4.23, 0.02),), "train_time_s"),
 }
 # ---------------------------------------------------------------------------------------------
 # A record, its race, its predecessor

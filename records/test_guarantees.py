@@ -20,7 +20,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -324,16 +323,17 @@ def has_ended(number: str) -> bool:
 
 
 def some_rows() -> dict:
-    """The first 16 images, as stored."""
-    shapes = dict(latents=TRACK.shape, labels=(), features=(1 + ts.PATCHES, ts.PCA))
-    return ts.Shards(TRACK, "train", shapes).gather(np.arange(16), torch.device("cpu"))
+    """16 images, as a step has them."""
+    shapes = dict(latents=TRACK.shape, labels=(), features=None)
+    return ts.Loader(ts.Shards(TRACK, "train", shapes), CONFIG, 0, world_of(0, 1))(0)
 
 
 @pytest.mark.parametrize("step", [0, 14, "generated code"])
 def test_the_compiled_step_is_one_graph_with_eagers_loss_and_gradients(step, tiny):
     """Routed and in the dense tail with every switch on; the smallest model as generated code."""
     is_generated = step == "generated code"
-    model = ts.Transformer(replace(CONFIG, depth=1, width=16) if is_generated else ALL, TRACK)
+    cfg = replace(CONFIG, depth=1, width=16) if is_generated else ALL
+    model = ts.Transformer(cfg, TRACK, testing.COMPONENTS)
     torch.manual_seed(0)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
@@ -380,7 +380,7 @@ def test_a_step_never_waits_for_the_device(tiny):
                 seen.append(func)
             return func(*args, **(kwargs or {}))
 
-    state = ts.State(ALL, 0, world_of(0, 1))
+    state = ts.State(ALL, 0, world_of(0, 1), testing.COMPONENTS)
     captions = ts.load_captions(TRACK, "cpu")
     rows = some_rows()
     with Watch():
@@ -400,6 +400,17 @@ def test_attention_written_out_is_the_fused_kernel():
     k = ts.rotate(ts.rms_norm(k), *rope)
     fused = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
     torch.testing.assert_close(found, fused.transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_adamw_is_that_of_torch():
+    weights = torch.nn.Parameter(torch.randn(50))
+    rows = dict(weights=weights.data.clone(), mean=torch.zeros(50), square=torch.zeros(50))
+    adamw = torch.optim.AdamW([weights], CONFIG.adamw_lr, CONFIG.adamw_betas, weight_decay=0)
+    for count in (1.0, 2.0, 3.0):
+        weights.grad = torch.randn(50)
+        adamw.step()
+        ts.adamw(rows, weights.grad, dict(lr=1.0, count=torch.tensor(count)), CONFIG)
+    torch.testing.assert_close(rows["weights"], weights.data)
 
 
 def test_each_image_comes_once_an_epoch_whoever_loads_it(tiny):
@@ -577,7 +588,8 @@ def test_commands_refuse_what_they_do_not_know(tmp_path, monkeypatch, refused):
         (["mnist"], "'mnist': choose one of cifar10 cifar10-cpu imagenet256"),
         (["cifar10", "cifar10-cpu"], "unknown config"),
         (["test", "smoking"], "test [smoke]"),
-        (["imagenet256"], "IMAGES; or set reg = 0, repa_layers = ()"),
+        (["imagenet512"], "IMAGES; or set reg = 0, repa_layers = ()"),
+        (["folder"], "name their folder in IMAGES"),
     ):
         done = subprocess.run(["./run.sh", *arguments], capture_output=True, text=True)
         testing.refuses(done, word)
