@@ -1,6 +1,6 @@
 """ImageGen Speedrun: train a text-to-image flow-matching transformer to its target, fast.
 
-    python train_speedrun.py [cifar10 | cifar10-cpu | imagenet256]        one process
+    python train_speedrun.py cifar10                  one of CONFIGS, in one process
     torchrun --nproc_per_node=8 train_speedrun.py imagenet256             one node of 8 GPUs
     SEED=1 python train_speedrun.py                                       another seed
     RESUME=logs/<run_id> python train_speedrun.py                         continue a killed run
@@ -33,7 +33,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -62,19 +62,19 @@ class Track:
     dtype: str  # of the stored latents
     shift: float  # x = (stored - shift) * scale
     scale: float
-    train_images: int  # imagenet256: 4,096 of its 1,281,167 are held out for validation
+    train_images: int  # of ImageNet's 1,281,167, 4,096 are held out; 0: as many as there are
     text_width: int  # of a caption's pooled CLIP embedding
     val_images: int  # the first ones of val_*.safetensors
     max_nfe: int  # network evaluations per generated image; a guided step costs two
 
 
-TRACKS = {
-    track.name: track
-    for track in (
-        Track("cifar10", (3, 32, 32), "uint8", 127.5, 0.00784313725490196, 50_000, 512, 4096, 100),
-        Track("imagenet256", (32, 16, 16), "float16", 0.0, 0.3099, 1_277_071, 768, 4096, 100),
-    )
-}
+ROWS = (
+    Track("cifar10", (3, 32, 32), "uint8", 127.5, 0.00784313725490196, 50_000, 512, 4096, 100),
+    Track("imagenet256", (32, 16, 16), "float16", 0.0, 0.3099, 1_277_071, 768, 4096, 100),
+    Track("imagenet512", (32, 32, 32), "float16", 0.0, 0.3099, 1_277_071, 768, 4096, 100),
+    Track("folder", (3, 32, 32), "uint8", 127.5, 0.00784313725490196, 0, 512, 64, 100),
+)
+TRACKS = {row.name: row for row in ROWS}
 
 
 def validation_draws(track: Track, count: int) -> tuple[Tensor, Tensor]:
@@ -143,7 +143,7 @@ class Config:
     sample_shift: float = 1.0  # time shift of the sampling grid
     last_step: float = 0.0  # final step, before the shift; 0 = as the others
     # numerics
-    bf16: bool = True  # autocast over fp32 weights; Newton-Schulz in bf16 too
+    bf16: bool = True  # autocast, over bf16 copies of fp32 weights; Newton-Schulz in bf16 too
     compile: bool = True  # False: plain eager PyTorch, for debugging
 
 
@@ -152,7 +152,7 @@ CONFIGS = {
     "cifar10": Config(
         track="cifar10", patch=2, width=512, depth=12, flip=True, steps=20_000, guidance=2.0
     ),
-    # a laptop, in minutes
+    # a laptop: ./run.sh in 12 minutes; the record of records/cifar10 takes 2,400 steps
     "cifar10-cpu": Config(
         track="cifar10",
         patch=4,
@@ -160,16 +160,16 @@ CONFIGS = {
         depth=4,
         flip=True,
         batch_size=64,
-        steps=2400,
+        steps=1600,
         muon_lr=0.025,
         adamw_lr=2e-3,
         cooldown=1.0,
-        sample_steps=20,
+        sample_steps=12,
         guidance=6.0,
         guidance_interval=(0.1, 0.7),
         autoguidance=3.0,
         autoguidance_interval=(0.1, 0.95),
-        sample_shift=2.0,
+        sample_shift=1.2,
     ),
     # SiT-B/1 on 8 GPUs: SR-DiT (arXiv 2512.12386) with Muon
     "imagenet256": Config(
@@ -198,23 +198,20 @@ CONFIGS = {
         last_step=0.04,
     ),
 }
+CONFIGS["folder"] = replace(CONFIGS["cifar10-cpu"], track="folder")  # your own photos
+CONFIGS["imagenet512"] = replace(  # as SR-DiT: the same but for the shifts, of 4 times the values
+    CONFIGS["imagenet256"], track="imagenet512", t_shift=math.sqrt(8), sample_shift=math.sqrt(8)
+)
 
 # ---------------------------------------------------------------------------------------------
 # Model: a diffusion transformer (DiT, arXiv 2212.09748) on a grid of pixels or latents
 # ---------------------------------------------------------------------------------------------
 
-PATCHES, PCA = 256, 64  # DINOv2-B's patches (after a class token) and the components kept of each
 PROJECTOR = 2048  # width of REPA's MLPs
 
 
 def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],))
-
-
-def take(x: Tensor, keep: Tensor) -> Tensor:
-    """Tokens `keep` (B, K) of x (B, N, ...) -> (B, K, ...)."""
-    index = keep.view(*keep.shape, *[1] * (x.dim() - 2))
-    return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
 
 
 def rope_table(rows: int, cols: int, head_dim: int, extra: int) -> tuple[Tensor, Tensor]:
@@ -269,7 +266,8 @@ class Transformer(nn.Module):
     (SPRINT, arXiv 2510.21986) the middle blocks see some of the patches, the outer blocks all.
     """
 
-    def __init__(self, cfg: Config, track: Track):
+    def __init__(self, cfg: Config, track: Track, components: int = 0):
+        """components: how many the data keeps of a DINOv2 feature, for REG and REPA."""
         super().__init__()
         self.cfg = cfg
         self.track = track
@@ -278,6 +276,7 @@ class Transformer(nn.Module):
         self.grid = (H // p, W // p)
         self.image_values = C * H * W
         self.class_tokens = 1 if cfg.reg else 0
+        self.class_values = components * self.class_tokens
         self.middle = range(cfg.depth, cfg.depth)  # the routed blocks: none
 
         self.embed = nn.Linear(C * p * p, D)
@@ -298,11 +297,11 @@ class Transformer(nn.Module):
             self.mask_token = nn.Parameter(torch.empty(D))
             self.fuse = nn.Parameter(torch.empty(1, D, 2 * D))
         if cfg.reg:
-            self.class_in = nn.Linear(PCA, D)
-            self.class_head = nn.Linear(D, PCA)
+            self.class_in = nn.Linear(components, D)
+            self.class_head = nn.Linear(D, components)
         self.projectors = nn.ModuleList()  # REPA's MLPs from states to DINOv2's components
         for _ in cfg.repa_layers:
-            sizes = (D, PROJECTOR, PROJECTOR, PCA)
+            sizes = (D, PROJECTOR, PROJECTOR, components)
             linears = [nn.Linear(a, b, bias=False) for a, b in zip(sizes, sizes[1:])]
             mlp = nn.Sequential(linears[0], nn.SiLU(), linears[1], nn.SiLU(), linears[2])
             self.projectors.append(mlp)
@@ -323,10 +322,8 @@ class Transformer(nn.Module):
             normal = torch.randn(p.shape, generator=generator)
             if name.endswith(".bias") or part in ("modulation", "head", "class_head", "mask_token"):
                 p.zero_()  # adaLN-zero: at first a block does nothing
-            elif p.dim() == 3 or part in ("embed", "time_in", "time_out", "text_in", "class_in"):
+            elif p.dim() == 3 or "_in" in part or part in ("embed", "time_out", "projectors"):
                 p.copy_(normal * p.shape[-1] ** -0.5)  # 1 / sqrt(fan-in)
-            elif part == "projectors":
-                p.copy_(normal * p.shape[-1] ** -0.5)
             elif part == "position":
                 p.copy_(normal * 0.02)
             elif part == "value_mix":
@@ -338,7 +335,7 @@ class Transformer(nn.Module):
     def set_text(self, pooled: Tensor):
         """Takes the centre and scale of the track's caption table (captions, text_width)."""
         self.text_mean.copy_(pooled.mean(0))
-        self.text_std.copy_((pooled - self.text_mean).square().mean().sqrt())
+        self.text_std.copy_((pooled - self.text_mean).square().mean().sqrt().clamp(min=1e-6))
 
     def null_text(self, count: int) -> Tensor:
         """The empty caption (count, text_width): the table's mean, zero after centring."""
@@ -413,9 +410,8 @@ class Transformer(nn.Module):
         guess, gain, x = precondition(x, t[:, None], self.cfg.sigma_data)
         modulation = self.condition(t, text)
         qkv = self.qkv.unflatten(0, (-1, 3)).flatten(1, 2)  # (depth, 3 D, D)
-        layers = list(
-            zip(qkv.unbind(0), self.proj.unbind(0), self.up.unbind(0), self.down.unbind(0))
-        )
+        banks = (qkv, self.proj, self.up, self.down)
+        layers = list(zip(*(bank.unbind(0) for bank in banks)))
         h = self.tokens(x)
         rope = (self.cos, self.sin)
         values = None
@@ -426,8 +422,8 @@ class Transformer(nn.Module):
                 if drop_middle:
                     h = self.mask_token.to(h.dtype).expand_as(h)
                 elif keep is not None:
-                    h = take(h, keep)
-                    values = take(values, keep)
+                    h = h.take_along_dim(keep[..., None], dim=1)  # (B, K, D)
+                    values = values.take_along_dim(keep[..., None, None], dim=1)
                     rope = (self.cos[keep], self.sin[keep])  # (B, K, 1, head_dim / 2)
             if i == self.middle.stop:
                 h = self.fuse_streams(outer[0], h, keep, skip)
@@ -456,7 +452,7 @@ class Batch(NamedTuple):
     text: Tensor  # (B, text_width)
     keep: Tensor | None = None  # (B, K) tokens that enter the middle blocks, int64
     skip: Tensor | None = None  # (B,) bool: images that do not enter them
-    features: Tensor | None = None  # (B, 1 + PATCHES, PCA) of DINOv2, centred
+    features: Tensor | None = None  # (B, 1 + patches, components) of DINOv2, centred
 
     def part(self, rows: slice) -> "Batch":
         return Batch(*(None if field is None else field[rows] for field in self))
@@ -472,7 +468,7 @@ def velocity(model: Transformer, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
     REG's class token is not known here: it is given as its mean, zero.
     """
     with autocast(model.cfg, x):
-        out, _ = model(F.pad(x.flatten(1), (0, PCA * model.class_tokens)), t, text)
+        out, _ = model(F.pad(x.flatten(1), (0, model.class_values)), t, text)
     return out[:, : model.image_values].view_as(x)
 
 
@@ -504,7 +500,7 @@ def loss_terms(model: Transformer, batch: Batch) -> dict[str, Tensor]:
         for h in aligned:
             aim = batch.features[:, 1 - model.class_tokens :]
             if h.shape[1] < aim.shape[1]:  # in the routed middle
-                aim = take(aim, batch.keep)
+                aim = aim.take_along_dim(batch.keep[..., None], dim=1)
             cosine = F.cosine_similarity(h.float(), aim, dim=2).mean(dim=1)
             terms["repa"] = terms["repa"] + cfg.repa / len(aligned) * (1 - cosine)
     return terms
@@ -549,7 +545,7 @@ def sample(model: Transformer, noise: Tensor, text: Tensor, fresh=None) -> Tenso
     def with_class_token(image: Tensor) -> Tensor:  # (B, C, H, W) -> (B, M)
         if not model.class_tokens:
             return image.flatten(1)
-        return torch.cat([image.flatten(1), fresh().flatten(1)[:, :PCA]], dim=1)
+        return torch.cat([image.flatten(1), fresh().flatten(1)[:, : model.class_values]], dim=1)
 
     x = with_class_token(noise)
     times = sampling_times(cfg)
@@ -603,75 +599,86 @@ def orthogonalize(matrices: Tensor, dtype=torch.bfloat16) -> Tensor:
     return x.mT if is_wide else x
 
 
-def muon_update(grad: Tensor, momentum: Tensor, beta: float, dtype) -> Tensor:
-    """Nesterov momentum (in place), then orthogonalization: (n, out, in) -> the same."""
-    momentum.lerp_(grad, 1 - beta)
-    return orthogonalize(grad.lerp(momentum, beta), dtype)
+def muon(rows: dict, gradient: Tensor, now: dict, cfg: Config):
+    """Momentum, orthogonalized matrix by matrix (Jordan 2024): rows (n, out, in), in place."""
+    rows["momentum"].lerp_(gradient, 1 - cfg.muon_momentum)
+    nesterov = gradient.lerp(rows["momentum"], cfg.muon_momentum)
+    update = orthogonalize(nesterov, torch.bfloat16 if cfg.bf16 else torch.float32)
+    keller_scale = max(1, gradient.shape[1] / gradient.shape[2]) ** 0.5
+    rows["weights"].sub_(now["lr"] * cfg.muon_lr * keller_scale * update)
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized matrix by matrix (Jordan 2024), for banks (n, out, in).
+def adamw(rows: dict, gradient: Tensor, now: dict, cfg: Config):
+    """Adam (arXiv 1412.6980) without weight decay: rows (n,), in place."""
+    beta1, beta2 = cfg.adamw_betas
+    rows["mean"].lerp_(gradient, 1 - beta1)
+    rows["square"].lerp_(gradient.square(), 1 - beta2)
+    spread = (rows["square"] / (1 - beta2 ** now["count"])).sqrt()
+    step = rows["mean"] / (1 - beta1 ** now["count"]) / (spread + 1e-8)
+    rows["weights"].sub_(now["lr"] * cfg.adamw_lr * step)
 
-    Each process sums the gradients, keeps the momentum and computes the update of its share of a
-    bank's matrices, while the next bank is on its way. Bytes a step and process, P parameters, W
-    processes: reduce-scatter 4P (W - 1) / W of fp32 gradients, all-gather 2P (W - 1) / W of bf16.
+
+def update(rule, rows: dict, gradient: Tensor, average: Tensor, now: dict, cfg: Config):
+    """All that a step changes in some rows, in one graph: the rule's part, then the EMA."""
+    rule(rows, gradient.float(), now, cfg)
+    average.lerp_(rows["weights"], 1 - now["ema_decay"])
+
+
+class Share:
+    """Parameters, and the part of them that this process alone trains (ZeRO, arXiv 1910.02054).
+
+    They are rows: matrices of one shape or, with shape (), all numbers end to end, and zeros up to
+    equally many on each process. Rows are fp32; the model has views of `working`, in bf16, which a
+    step writes. Bytes that a step sends, P parameters, W processes: 4P (W - 1) / W of gradients,
+    2P (W - 1) / W of weights.
     """
 
-    def __init__(self, banks, lr, momentum, dtype, world, update=muon_update):
-        super().__init__(banks, dict(lr=lr, peak_lr=lr, momentum=momentum))
-        self.banks = banks
-        self.dtype = dtype
+    def __init__(self, params: list, averages: list, shape: tuple, cfg: Config, world):
+        self.params = params
+        self.shape = shape
+        self.cfg = cfg
         self.world = world
-        self.update = update
-        self.momenta = [torch.zeros_like(world.share(bank)) for bank in banks]
+        self.rule, kept = (muon, ["momentum"]) if shape else (adamw, ["mean", "square"])
+        self.update = torch.compile(update, dynamic=False) if cfg.compile else update
+        self.average = self.join([p.data for p in params])  # of all processes, but see gather_ema
+        self.working = self.average.to(torch.bfloat16 if cfg.bf16 else torch.float32, copy=True)
+        for tensors, whole in ((params, self.working), (averages, self.average)):
+            nn.utils.vector_to_parameters(whole.flatten(), tensors)  # as views
+        for p in params:  # several backward passes are summed in fp32
+            p.grad_dtype = torch.float32 if cfg.micro_batch else p.dtype
+        self.rows = dict(weights=world.rows(self.average).clone())
+        self.rows |= {name: torch.zeros_like(self.rows["weights"]) for name in kept}
 
-    @torch.no_grad()
-    def step(self):
-        group = self.param_groups[0]
-        gradients = [self.world.reduce_scatter(bank.grad) for bank in self.banks]
-        updates = []
-        for bank, momentum, (gradient, wait) in zip(self.banks, self.momenta, gradients):
-            wait()
-            update = self.update(gradient, momentum, group["momentum"], self.dtype)
-            updates.append(self.world.all_gather(update, len(bank)))
-        for bank, (update, wait) in zip(self.banks, updates):
-            wait()
-            keller_scale = max(1, bank.shape[1] / bank.shape[2]) ** 0.5
-            bank.add_(update, alpha=-group["lr"] * keller_scale)
+    def join(self, tensors: list) -> Tensor:
+        """Tensors like `params` -> rows (n, *shape), a multiple of the number of processes."""
+        rows = [x.reshape(-1, *self.shape) for x in tensors]
+        extra = -sum(map(len, rows)) % self.world.size
+        return torch.cat([*rows, rows[0].new_zeros(extra, *self.shape)])
+
+    def reduce(self):
+        """Begins to sum the gradients over the processes."""
+        gradient = self.join([p.grad for p in self.params])
+        self.gradient, self.wait = self.world.reduce_scatter(gradient)
+
+    def step(self, now: dict):
+        """Updates this process's rows, then begins to send their weights to the others."""
+        self.wait()
+        average = self.world.rows(self.average)
+        self.update(self.rule, self.rows, self.gradient, average, now, self.cfg)
+        self.gradient = None
+        self.wait = self.world.all_gather(self.rows["weights"], self.working)
 
     def state_dict(self) -> dict:
-        """The momenta of all matrices, the same for any number of processes. Collective."""
-        gathered = [
-            self.world.all_gather(m, len(bank)) for m, bank in zip(self.momenta, self.banks)
-        ]
-        for _, wait in gathered:
-            wait()
-        return dict(momenta=[whole for whole, _ in gathered])
+        """All rows, the same for any number of processes. Collective."""
+        state = {name: torch.empty_like(self.average) for name in self.rows}
+        for name, whole in state.items():
+            self.world.all_gather(self.rows[name], whole)()
+        count = sum(len(p.reshape(-1, *self.shape)) for p in self.params)
+        return {name: whole[:count] for name, whole in state.items()}
 
     def load_state_dict(self, state: dict):
-        for momentum, whole in zip(self.momenta, state["momenta"], strict=True):
-            momentum.copy_(self.world.share(whole))
-
-
-def make_optimizers(model: Transformer, cfg: Config, world) -> dict:
-    """{name: optimizer}: Muon for what has three axes, unless muon_lr is 0, AdamW for the rest.
-
-    Each sums its gradients over the processes when it steps, and has peak_lr in its groups.
-    """
-    banks = [p for p in model.parameters() if p.dim() == 3 and cfg.muon_lr]
-    rest = [p for p in model.parameters() if not (p.dim() == 3 and cfg.muon_lr)]
-    group = dict(params=rest, peak_lr=cfg.adamw_lr)
-    adamw = torch.optim.AdamW([group], 0.0, cfg.adamw_betas, weight_decay=0, fused=True)
-    adamw.register_step_pre_hook(lambda *_: world.sum_gradients(rest))
-    optimizers = dict(adamw=adamw)
-    if banks:
-        dtype = torch.bfloat16 if cfg.bf16 else torch.float32
-        update = torch.compile(muon_update, dynamic=False) if cfg.compile else muon_update
-        optimizers["muon"] = Muon(banks, cfg.muon_lr, cfg.muon_momentum, dtype, world, update)
-    groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
-    trained = sorted(id(p) for group in groups for p in group["params"])
-    assert trained == sorted(map(id, model.parameters())), "a parameter is not trained exactly once"
-    return optimizers
+        for name, mine in self.rows.items():
+            mine.copy_(self.world.rows(self.join([state[name]])))
 
 
 def lr_schedule(step: int, cfg: Config) -> float:
@@ -704,15 +711,21 @@ class Shards:
     """All shards of one split as memory-mapped arrays, checked by header before any work."""
 
     def __init__(self, track: Track, split: str, shapes: dict[str, tuple]):
-        """shapes: of what is read of each image, {name: shape}. Raises UserError."""
+        """shapes: of what is read of each image; of "features" it is their scale's. UserError."""
         self.track = track
-        self.shapes = shapes
+        self.feature_scale = torch.ones(1, 0)  # (1 + patches, components) of DINOv2: none
         self.shards = []  # {name: array (n, *shape)} each
         self.hashes = {}  # {path: sha256 of the file, as the manifest has it}, one each
         path = Path("data", track.name, "manifest.json")
         try:
             text = path.read_bytes()
             manifest = json.loads(text)
+            if "features" in shapes:
+                path = path.with_name("features.safetensors")
+                with safe_open(path, "pt") as file:
+                    self.feature_scale = file.get_tensor("scale")
+                shapes = shapes | dict(features=tuple(self.feature_scale.shape))
+            self.shapes = shapes
             for name in sorted(k for k in manifest["files"] if k.startswith(split + "_")):
                 path = path.with_name(name)
                 with safe_open(path, "pt") as file:  # maps the file, reads the header
@@ -727,10 +740,8 @@ class Shards:
                 self.hashes[path] = manifest["files"][name]["sha256"]
         except UNREADABLE as error:
             options = " --images DIR --features" if "features" in shapes else ""
-            raise UserError(
-                f"{path} is missing, damaged or foreign ({error}); "
-                f"run: python data/download.py {track.name}{options}"
-            )
+            mend = f"run: python data/download.py {track.name}{options}"
+            raise UserError(f"{path} is missing, damaged or foreign ({error}); {mend}")
         self.sha256 = hashlib.sha256(text).hexdigest()
         self.is_trial = "shards" in manifest.get("request", ())  # only a part of the data
         self.starts = np.cumsum([0] + [len(shard["labels"]) for shard in self.shards])
@@ -762,6 +773,7 @@ class Shards:
             array = np.stack([self.shards[shard][name][row] for shard, row in places])
             rows[name] = torch.from_numpy(array)
             if device.type == "cuda":
+                torch.cuda.set_device(device)  # the loader's thread would use the first GPU
                 rows[name] = rows[name].pin_memory()
         return rows
 
@@ -781,6 +793,7 @@ class Loader:
         self.world = world
         self.pool = ThreadPoolExecutor(1)
         self.ahead = {}  # step -> batch on its way
+        self.feature_scale = shards.feature_scale.to(world.device)
 
     @lru_cache(maxsize=2)  # noqa: B019
     def order(self, epoch: int) -> np.ndarray:
@@ -794,11 +807,14 @@ class Loader:
         return self.shards.gather(np.array(indices), self.world.device)
 
     def __call__(self, step: int) -> dict[str, Tensor]:
-        """What Shards.gather gives for this process's slice of `step`, on the device."""
+        """This process's slice of `step` on the device: see Shards.gather; features are scaled."""
         batch = self.ahead.pop(step, None) or self.pool.submit(self.fetch, step)
         self.ahead = {step + 1: self.pool.submit(self.fetch, step + 1)}
         rows = batch.result().items()
-        return {name: x.to(self.world.device, non_blocking=True) for name, x in rows}
+        rows = {name: x.to(self.world.device, non_blocking=True) for name, x in rows}
+        if "features" in rows:
+            rows["features"] = rows["features"] * self.feature_scale
+        return rows
 
 
 def load_captions(track: Track, device) -> Tensor:
@@ -853,14 +869,14 @@ def make_batch(model, captions: Tensor, rows: dict, seed: int, step: int, world)
     noise = torch.randn(B, model.image_values, generator=g, device=device)[mine]
     first_t, caption, drop, flip = torch.rand(4, B, generator=g, device=device)
     routing = torch.rand(B, 1 + len(model.position), generator=g, device=device)[mine]
-    class_noise = torch.randn(B, PCA, generator=g, device=device)[mine]
+    class_noise = torch.randn(B, model.class_values, generator=g, device=device)[mine]
     t = (first_t[0] + torch.arange(B, device=device) / B) % 1  # low discrepancy: VDM, appendix I.1
 
     x = to_model_scale(model.track, rows["latents"])
     if cfg.flip:
         x = torch.where(flip[mine].view(-1, 1, 1, 1) < 0.5, x.flip(-1), x)
     x = x.flatten(1)
-    features = rows["features"].float() * (4 / 127) if "features" in rows else None
+    features = rows.get("features")
     if model.class_tokens:
         x = torch.cat([x, features[:, 0]], dim=1)
         noise = torch.cat([noise, class_noise], dim=1)
@@ -901,20 +917,17 @@ class World:
         self.size = environment_number("WORLD_SIZE", 1)
         local_rank = environment_number("LOCAL_RANK", 0)
         if self.rank >= self.size or self.size > 1 and "MASTER_PORT" not in os.environ:
-            raise UserError(
-                f"RANK={self.rank} and WORLD_SIZE={self.size} are not torchrun's: unset them, or "
-                f"start with torchrun --nproc_per_node={max(self.size, 1)} train_speedrun.py"
-            )
+            found = f"RANK={self.rank} and WORLD_SIZE={self.size}"
+            mend = f"torchrun --nproc_per_node={max(self.size, 1)} train_speedrun.py"
+            raise UserError(f"{found} are not torchrun's: unset them, or start with {mend}")
         self.step = 0  # for error lines, as the folder
         self.folder = None
         self.device = torch.device("cpu")
         backend = "gloo"
         if torch.cuda.is_available():
             if local_rank >= torch.cuda.device_count():
-                raise UserError(
-                    f"process {local_rank} of this node has no GPU of its own: there are "
-                    f"{torch.cuda.device_count()}, start as many processes"
-                )
+                found = f"there are {torch.cuda.device_count()}, start as many processes"
+                raise UserError(f"process {local_rank} of this node has no GPU of its own: {found}")
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
             backend = "nccl"
@@ -956,35 +969,23 @@ class World:
             dist.all_reduce(x)
         return x
 
-    def sum_gradients(self, params: list):
-        """In one all-reduce: 8P (W - 1) / W bytes of P parameters on W processes."""
-        if self.size > 1:
-            flat = self.sum(torch.cat([p.grad.flatten() for p in params]))
-            for p, summed in zip(params, flat.split([p.numel() for p in params])):
-                p.grad.copy_(summed.view_as(p))
-
-    def padded(self, x: Tensor) -> Tensor:
-        """(n, ...) with rows of zeros after it, so that every process gets equally many."""
-        return torch.cat([x, x.new_zeros(-len(x) % self.size, *x.shape[1:])])
-
-    def share(self, x: Tensor) -> Tensor:
-        """The rows of (n, ...) that this process gets from reduce_scatter."""
-        return self.padded(x).chunk(self.size)[self.rank].clone()
+    def rows(self, x: Tensor) -> Tensor:
+        """This process's of the equally many rows of each: a view."""
+        return x.chunk(self.size)[self.rank]
 
     def reduce_scatter(self, x: Tensor) -> tuple:
-        """(n, ...) on each -> its share of their sum, and a function that waits for it."""
+        """(n, ...) on each -> its rows of their sum, in fp32, and a function that waits for it."""
         if self.size == 1:
             return x, lambda: None
-        x = self.padded(x)
-        out = x.new_empty(len(x) // self.size, *x.shape[1:])
-        return out, dist.reduce_scatter_tensor(out, x, async_op=True).wait
+        out = torch.empty_like(self.rows(x), dtype=torch.float32)
+        return out, dist.reduce_scatter_tensor(out, x.float(), async_op=True).wait
 
-    def all_gather(self, x: Tensor, count: int) -> tuple:
-        """Each one's share -> all of the (count, ...), and a function that waits for it."""
+    def all_gather(self, x: Tensor, out: Tensor):
+        """Each one's rows into all of them, (n, ...); returns a function that waits for it."""
         if self.size == 1:
-            return x, lambda: None
-        out = x.new_empty(len(x) * self.size, *x.shape[1:])
-        return out[:count], dist.all_gather_into_tensor(out, x.contiguous(), async_op=True).wait
+            out.copy_(x)
+            return lambda: None
+        return dist.all_gather_into_tensor(out, x.to(out.dtype), async_op=True).wait
 
     def machine(self) -> str:
         """How many of which GPU, or of which CPU with how many threads."""
@@ -1029,29 +1030,33 @@ class Clock:
 class State:
     """What a run carries from step to step: model, EMA, optimizers. Saved, restored, rewound."""
 
-    def __init__(self, cfg: Config, seed: int, world: World):
+    def __init__(self, cfg: Config, seed: int, world: World, components: int = 0):
         self.cfg = cfg
         self.world = world
-        self.model = Transformer(cfg, TRACKS[cfg.track])
+        self.model = Transformer(cfg, TRACKS[cfg.track], components)
         self.model.init_weights(seed)
         self.model.to(world.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
-        self.averages = list(self.ema.parameters())
         if cfg.autoguidance:
             self.ema.weak = copy.deepcopy(self.ema)
-        self.optimizers = make_optimizers(self.model, cfg, world)
-        self.parts = dict(model=self.model, ema=self.ema, **self.optimizers)
-        self.loss_terms = loss_terms
-        if cfg.compile:
-            self.loss_terms = torch.compile(loss_terms, dynamic=False, fullgraph=True)
+        groups = {(): []}  # AdamW's, whose exchange is the longest, then the banks by shape
+        for pair in zip(self.model.parameters(), self.ema.parameters()):
+            is_bank = pair[0].dim() == 3 and cfg.muon_lr
+            groups.setdefault(tuple(pair[0].shape[1:]) if is_bank else (), []).append(pair)
+        self.shares = [Share(*zip(*g), shape, cfg, world) for shape, g in groups.items()]
+        self.parts = dict(model=self.model, ema=self.ema)
+        self.parts |= {f"rows {share.shape}": share for share in self.shares}
+        compiled = torch.compile(loss_terms, dynamic=False, fullgraph=True)
+        self.loss_terms = compiled if cfg.compile else loss_terms
 
-    def keep_weak(self):
-        """From now on, the EMA as it is guides later ones."""
-        if self.cfg.autoguidance:
-            self.ema.weak.load_state_dict(self.ema.state_dict(), strict=False)  # all but ema.weak.*
+    def gather_ema(self):
+        """Brings the other processes' rows of the EMA here. Collective."""
+        for share in self.shares:
+            self.world.all_gather(self.world.rows(share.average).clone(), share.average)()
 
     def state_dict(self) -> dict:
         """Everything, the same for any number of processes. Collective."""
+        self.gather_ema()
         return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state: dict):
@@ -1082,15 +1087,17 @@ def train_step(state: State, step: int, batch: Batch) -> dict[str, Tensor]:
             sum(terms.values()).backward()
         for name, term in terms.items():
             means[name] = means.get(name, 0.0) + term.detach()
-    for name, optimizer in state.optimizers.items():
-        with record_function(name):
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * lr_schedule(step, cfg)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    with record_function("ema"), torch.no_grad():
-        weights = list(state.model.parameters())
-        torch._foreach_lerp_(state.averages, weights, 1 - ema_decay(step, cfg))
+    now = dict(lr=lr_schedule(step, cfg), ema_decay=ema_decay(step, cfg), count=step + 1.0)
+    now = {name: torch.full((), x, device=state.world.device) for name, x in now.items()}
+    with record_function("exchange"):
+        for share in state.shares:  # begun before the first update, they go on beside it
+            share.reduce()
+        state.model.zero_grad(set_to_none=True)
+    for share in state.shares:
+        with record_function(share.rule.__name__):
+            share.step(now)
+    for share in state.shares:
+        share.wait()
     return means
 
 
@@ -1103,10 +1110,9 @@ def read_losses(losses: list[dict], step: int, world: World) -> dict[str, float]
     means = world.sum(torch.stack([torch.stack(list(terms.values())) for terms in losses]))
     is_finite = means.isfinite().all(dim=1).tolist()
     if not all(is_finite):
-        raise UserError(
-            f"the loss of step {step - len(losses) + 1 + is_finite.index(False)} is not finite: "
-            "lower the learning rate; what was saved before it stays"
-        )
+        first = step - len(losses) + 1 + is_finite.index(False)
+        mend = "lower the learning rate; what was saved before it stays"
+        raise UserError(f"the loss of step {first} is not finite: {mend}")
     last = dict(zip(losses[-1], means[-1].tolist()))
     return dict(train_loss=sum(last.values()), **(last if len(last) > 1 else {}))
 
@@ -1127,7 +1133,7 @@ def validate(state: State, val: Shards, captions: Tensor) -> float:
         rows = val.gather(np.arange(start, start + size), device)
         x = to_model_scale(track, rows["latents"])
         images = torch.stack([x, noise[part]]).flatten(2)  # (2, B, CHW)
-        images = F.pad(images, (0, PCA * state.model.class_tokens)).to(device)
+        images = F.pad(images, (0, state.model.class_values)).to(device)
         text = captions[rows["labels"].long().to(device), 0]
         batch = Batch(*images.unbind(0), t[part].to(device), text)
         total += state.loss_terms(state.ema, batch)["flow"].double().sum()
@@ -1149,8 +1155,6 @@ def warm_up(state: State, shapes: dict[str, tuple], captions: Tensor):
         validation = Batch(x, x + 1, batch.t[:1].repeat(size), batch.text[:1].repeat(size, 1))
         state.loss_terms(state.ema, validation)
     state.load_state_dict(before)
-    if world.device.type == "cuda":  # the copy above is no part of the run's memory
-        torch.cuda.reset_peak_memory_stats()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1189,7 +1193,7 @@ def load_checkpoint(path, device="cpu") -> tuple[Transformer, dict]:
         meta = file.metadata()
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     cfg = CONFIGS[meta["config"]]
-    model = Transformer(cfg, TRACKS[cfg.track])
+    model = Transformer(cfg, TRACKS[cfg.track], int(meta["feature_components"]))
     if cfg.autoguidance:
         model.weak = copy.deepcopy(model).requires_grad_(False)
     model.load_state_dict(weights)
@@ -1207,21 +1211,16 @@ def load_state(folder: Path, code_sha256: str) -> dict:
     """What a killed run left in its folder. Raises UserError."""
     path = folder / "state.pt"
     if not path.exists():
-        raise UserError(
-            f"{folder} has no state to resume from: it is finished or no run's folder; "
-            "start a new run"
-        )
+        reason = "it is finished or no run's folder; start a new run"
+        raise UserError(f"{folder} has no state to resume from: {reason}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"config", "seed", "step", "seconds", "code_sha256"} - saved["meta"].keys()
+        assert saved["meta"].keys() >= {"config", "seed", "step", "seconds", "code_sha256"}
     except Exception as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}): start a new run")
-    if missing:
-        raise UserError(f"{path} is no state of a run: start a new run")
     if saved["meta"]["code_sha256"] != code_sha256 or saved["meta"]["config"] not in CONFIGS:
-        raise UserError(
-            f"{folder} is of another train_speedrun.py: cp {folder}/train_speedrun.py ."
-        )
+        mend = f"cp {folder}/train_speedrun.py ."
+        raise UserError(f"{folder} is of another train_speedrun.py: {mend}")
     return saved
 
 
@@ -1261,11 +1260,9 @@ def check_config(cfg: Config, world: World):
     """Refuses what cannot be trained, before any work. AssertionError with the values."""
     track = TRACKS[cfg.track]
     layers = cfg.repa_layers
+    counts = f"batch_size {cfg.batch_size} and the {track.val_images} validation images"
     divides = cfg.batch_size % world.size == track.val_images % world.size == 0
-    assert divides, (
-        f"world size {world.size} does not divide batch_size {cfg.batch_size} and the "
-        f"{track.val_images} validation images: start another number of processes"
-    )
+    assert divides, f"world size {world.size} does not divide {counts}: start another number"
     fits = track.shape[1] % cfg.patch == track.shape[2] % cfg.patch == cfg.width % cfg.head_dim == 0
     assert fits, f"patch must divide {track.shape}, head_dim {cfg.head_dim} the width {cfg.width}"
     assert cfg.head_dim % 4 == 0, f"head_dim {cfg.head_dim} is no multiple of 4 (2-D RoPE)"
@@ -1277,8 +1274,6 @@ def check_config(cfg: Config, world: World):
     assert even or not cfg.cfm, "cfm pairs images: give each forward an even number of them"
     aligns = set(layers) <= set(range(1, cfg.depth + 1)) and bool(layers) == bool(cfg.repa)
     assert aligns, f"repa {cfg.repa}, repa_layers {layers}: both or none, in 1 .. {cfg.depth}"
-    patches = math.prod(track.shape[1:]) // cfg.patch**2
-    assert patches == PATCHES or not layers, f"{patches} patches, but DINOv2 saw {PATCHES}"
     nfe = sampling_nfe(cfg)
     assert nfe <= track.max_nfe, f"sample takes {nfe} network evaluations, of {track.max_nfe}"
 
@@ -1286,17 +1281,19 @@ def check_config(cfg: Config, world: World):
 def open_data(cfg: Config, track: Track, world: World) -> tuple[Shards, Shards]:
     """Training and validation shards, read once and checked. Raises UserError."""
     shapes = dict(latents=track.shape, labels=())
-    features = dict(features=(1 + PATCHES, PCA)) if cfg.reg or cfg.repa else {}
+    features = dict(features=None) if cfg.reg or cfg.repa else {}
     data = Shards(track, "train", shapes | features)
     val = Shards(track, "val", shapes)
     mend = f"run: python data/download.py {track.name}"
-    if not data.is_trial and data.count != track.train_images or val.count < track.val_images:
-        raise UserError(
-            f"data/{track.name} holds {data.count} training and {val.count} validation images, not "
-            f"{track.train_images} and {track.val_images}; {mend}"
-        )
+    wanted = track.train_images or data.count
+    if not data.is_trial and data.count != wanted or val.count < track.val_images:
+        found = f"{data.count} training and {val.count} validation images"
+        raise UserError(f"data/{track.name}: {found}, not {wanted} and {track.val_images}; {mend}")
     if not data.is_trial and data.sha256 != MANIFESTS.get(track.name, data.sha256):
         raise UserError(f"data/{track.name}/manifest.json is not that of {track.name}; {mend}")
+    patches = math.prod(track.shape[1:]) // cfg.patch**2
+    seen = len(data.feature_scale) - 1
+    assert patches == seen or not cfg.repa, f"{patches} patches, but DINOv2 saw {seen}"
     label_count = len(load_captions(track, "cpu"))
     data.check(label_count, world)
     val.check(label_count, world)
@@ -1326,16 +1323,16 @@ class Run:
         check_config(self.cfg, world)
         self.data, self.val = open_data(self.cfg, self.track, world)
         self.meta.update(track=self.track.name, data_sha256=self.data.sha256)
+        self.meta["feature_components"] = self.data.feature_scale.shape[1]
         torch.set_float32_matmul_precision("high")
-        self.state = State(self.cfg, self.meta["seed"], world)
+        self.state = State(self.cfg, self.meta["seed"], world, self.meta["feature_components"])
         self.clock = Clock(world, self.meta["seconds"])
         if resume:
             try:
                 self.state.load_state_dict(saved)
             except Exception as error:  # torch's own errors have no common class
-                raise UserError(
-                    f"{resume}/state.pt is damaged ({type(error).__name__}): start again"
-                )
+                reason = type(error).__name__
+                raise UserError(f"{resume}/state.pt is damaged ({reason}): start again")
             self.log(f"\nresumed from step {self.meta['step']} at {self.clock.seconds:.3f}s")
         else:
             self.folder = Path("logs", f"{datetime.now():%Y%m%d-%H%M%S}_{name}_seed{seed}")
@@ -1344,16 +1341,14 @@ class Run:
                 self.log_file = open_log(self.folder)
             save_state(self.folder, self.state, self.meta)  # a full disk shows now
             world.folder = self.folder
+        self.parameters = sum(p.numel() for p in self.state.model.parameters())
         trial = " (a part: a trial, no record)" if self.data.is_trial else ""
         self.log(
-            f"{self.folder}: seed {self.meta['seed']}, {self.parameters() / 1e6:.2f}M parameters, "
+            f"{self.folder}: seed {self.meta['seed']}, {self.parameters / 1e6:.2f}M parameters, "
             f"{self.data.count} training images{trial}\n{world.machine()}, "
             f"python {platform.python_version()}, torch {torch.__version__}\n"
             f"{json.dumps(asdict(self.cfg))}"
         )
-
-    def parameters(self) -> int:
-        return sum(p.numel() for p in self.state.model.parameters())
 
     def log(self, text: str):
         """To the log and, by the process of rank 0, to the terminal."""
@@ -1365,11 +1360,9 @@ class Run:
         """The line after `step` updates: the first loss, the clock, then the loss's terms."""
         ms = 1000 * self.clock.read()
         first, *terms = (f"{name}:{value:.5f}" for name, value in losses.items())
-        images = step * self.cfg.batch_size
         times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
-        self.log(
-            " ".join([f"step:{step}/{self.cfg.steps} images:{images} {first} {times}", *terms])
-        )
+        line = f"step:{step}/{self.cfg.steps} images:{step * self.cfg.batch_size} {first} {times}"
+        self.log(" ".join([line, *terms]))
         if self.state.world.rank == 0 and sys.stderr.isatty():  # a line that the next one covers
             left = ms / max(step, 1) * (self.cfg.steps - step) / 1000
             print(f"about {left:.0f} s of training left", end="\r", file=sys.stderr, flush=True)
@@ -1378,18 +1371,22 @@ class Run:
         """The last block, for tools: one `key: value` a line."""
         world = self.state.world
         memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        attention = "written out"
         if world.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated()
+            q = torch.empty(2, 2, 256, self.cfg.head_dim, dtype=torch.bfloat16, device=world.device)
+            attention = torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, q, q)).name
         summary = self.meta | dict(
             run_id=self.folder.name,
             resumed=self.resumed,
             world_size=world.size,
             steps=self.cfg.steps,
-            parameters=self.parameters(),
+            parameters=self.parameters,
             val_loss=f"{self.meta['val_loss']:.5f}",
             train_time_s=f"{self.clock.seconds:.3f}",
             images_per_second=f"{self.meta['images'] / self.clock.seconds:.1f}",
             sampling_nfe=sampling_nfe(self.cfg),
+            attention=attention,
             peak_memory_mib=memory // 2**20,
             graphs_compiled_on_the_clock=graphs,
         )
@@ -1404,6 +1401,8 @@ def train(run: Run, world: World):
     start = meta["step"]
     validation_steps = {round(cfg.steps * (k + 1) / cfg.evals) for k in range(cfg.evals)}
     warm_up(state, run.data.shapes, load_captions(run.track, world.device))
+    if world.device.type == "cuda":  # warm-up's copies are gone, and no part of the run's memory
+        torch.cuda.reset_peak_memory_stats()
     compiled = torch._dynamo.utils.counters["stats"]
     graphs = compiled["unique_graphs"]
     losses = []  # of the steps since they were last read
@@ -1417,6 +1416,7 @@ def train(run: Run, world: World):
         world.step = step + 1
         is_pause = step in validation_steps or (step % cfg.save_every == 0 and step > 0)
         if is_pause and not (run.resumed and step == start):
+            state.gather_ema()
             clock.stop()
             if losses:
                 read_losses(losses, step, world)  # what is not finite is never saved
@@ -1424,8 +1424,8 @@ def train(run: Run, world: World):
             meta.update(step=step, images=step * cfg.batch_size, seconds=clock.seconds)
             if step in validation_steps:
                 meta["val_loss"] = validate(state, run.val, captions)
-                if step <= max(cfg.weak_at * cfg.steps, min(validation_steps)):
-                    state.keep_weak()
+                if cfg.autoguidance and step <= max(cfg.weak_at * cfg.steps, min(validation_steps)):
+                    state.ema.weak.load_state_dict(state.ema.state_dict(), strict=False)
                 run.log_step(step, dict(val_loss=meta["val_loss"]))
                 if world.rank == 0:
                     save_checkpoint(run.folder, state.ema, meta)
