@@ -78,7 +78,7 @@ def write_manifest(folder: Path, counts: dict, manifest: dict):
         files[name] = entry_of(folder / name, counts[name])
     content = json.dumps(manifest | {"files": files}, indent=1) + "\n"
     write_atomic(folder / "manifest.json", lambda temporary: temporary.write_text(content))
-    print(f"data/{folder.name}: {len(files)} files written")
+    print(f"{folder}: {len(files)} files written")
 
 
 def entry_of(path: Path, count: int) -> dict:
