@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train_speedrun as ts
-from data.testing import ALL, ROOT, TRACK, distance, last_run, python, racer
+from data.testing import ALL, COMPONENTS, ROOT, TRACK, distance, last_run, python, racer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 COUNT = torch.cuda.device_count()
@@ -39,9 +39,9 @@ def world_on(device: torch.device) -> ts.World:
     return world
 
 
-def full_model(cfg: ts.Config) -> ts.Transformer:
+def full_model(cfg: ts.Config, components: int) -> ts.Transformer:
     """A model without weights of zero, behind which an error could hide; always the same one."""
-    model = ts.Transformer(cfg, ts.TRACKS[cfg.track])
+    model = ts.Transformer(cfg, ts.TRACKS[cfg.track], components)
     model.init_weights(0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -57,7 +57,7 @@ def test_a_step_neither_waits_for_the_gpu_nor_compiles(tiny):
     world = world_on(GPU)
     data, _ = ts.open_data(cfg, TRACK, world)
     captions = ts.load_captions(TRACK, GPU)
-    state = ts.State(cfg, 0, world)
+    state = ts.State(cfg, 0, world, COMPONENTS)
     ts.warm_up(state, data.shapes, captions)
     counters = torch._dynamo.utils.counters
     graphs = counters["stats"]["unique_graphs"]
@@ -74,21 +74,21 @@ def test_a_step_neither_waits_for_the_gpu_nor_compiles(tiny):
     assert counters["stats"]["unique_graphs"] == graphs > 0 and not counters["graph_break"]
 
 
-def batch_of(model: ts.Transformer) -> ts.Batch:
+def batch_of(model: ts.Transformer, components: int) -> ts.Batch:
     """A batch of noise of the track's shape, drawn on the CPU."""
     track, count = model.track, model.cfg.batch_size
     torch.manual_seed(0)
     rows = dict(latents=torch.randn(count, *track.shape) / track.scale + track.shift)
     rows |= dict(labels=torch.arange(count) % 10)
-    rows |= dict(features=torch.randint(-127, 128, (count, 1 + ts.PATCHES, ts.PCA)))
+    rows |= dict(features=torch.randn(count, 1 + len(model.position), components))
     captions = torch.randn(10, 1, track.text_width)
     return ts.make_batch(model, captions, rows, 0, 0, world_on(CPU))
 
 
 def loss_and_gradients(cfg: ts.Config, device: torch.device) -> tuple[dict, dict]:
     """Terms of the loss of a batch, and the gradient of each parameter, on the CPU."""
-    model = full_model(cfg)
-    batch = ts.Batch(*(x if x is None else x.to(device) for x in batch_of(model)))
+    model = full_model(cfg, 64)
+    batch = ts.Batch(*(x if x is None else x.to(device) for x in batch_of(model, 64)))
     model.to(device)
     loss_terms = ts.loss_terms
     if cfg.compile:
@@ -117,8 +117,9 @@ def test_validation_is_the_cpus(tiny):
     for device in (CPU, GPU):
         cfg = replace(ALL, compile=device == GPU, bf16=device == GPU)
         world = world_on(device)
-        state = ts.State(cfg, 0, world)
-        state.ema.load_state_dict(full_model(cfg).state_dict(), strict=False)  # no weaker one
+        state = ts.State(cfg, 0, world, COMPONENTS)
+        weights = full_model(cfg, COMPONENTS).state_dict()
+        state.ema.load_state_dict(weights, strict=False)  # no weaker one
         _, val = ts.open_data(cfg, TRACK, world)
         losses.append(ts.validate(state, val, ts.load_captions(TRACK, device)))
     assert losses[1] == pytest.approx(losses[0], rel=LOSS_TOLERANCE)
