@@ -58,15 +58,15 @@ export TORCHINDUCTOR_VEC_ISA_OK=1  # saves compilation on a CPU its trials of th
 
 if [ "$what" = test ]; then
   [ -z "${2:-}" ] || exec "$python" -m pytest -q test_smoke.py
+  status=0
+  SPEEDRUN_TEST_GPU=1 "$python" -m pytest -q -rs records/test_gpu.py || status=$?
   output=$(mktemp)                     # two halves at a time: most tests use one thread
   "$python" -m pytest -q data > "$output" 2>&1 &
   half=$!
   trap 'kill $half 2> /dev/null || true; rm -f "$output"' EXIT
-  status=0
   "$python" -m pytest -q test_smoke.py records --ignore=records/test_gpu.py || status=$?
   wait $half || status=$?
   cat "$output"
-  SPEEDRUN_TEST_GPU=1 "$python" -m pytest -q -rs records/test_gpu.py || status=$?
   exit $status
 fi
 
