@@ -51,9 +51,10 @@ CONFIG = ts.Config(
     bf16=False,
     compile=False,
 )
-# Every switch of the objective and of the routing
+# Every switch of the model, the objective and the routing
 ALL = replace(
     CONFIG,
+    conv_widths=(8,),
     route_keep=0.25,
     route_dense=1,
     path_drop=0.2,
@@ -62,6 +63,7 @@ ALL = replace(
     reg=0.03,
     repa=0.5,
     repa_layers=(1, 2, 3),
+    t_spread=0.8,
     t_shift=1.4,
     sampler="sde",
     last_step=0.04,

@@ -332,7 +332,7 @@ def some_rows() -> dict:
 def test_the_compiled_step_is_one_graph_with_eagers_loss_and_gradients(step, tiny):
     """Routed and in the dense tail with every switch on; the smallest model as generated code."""
     is_generated = step == "generated code"
-    cfg = replace(CONFIG, depth=1, width=16) if is_generated else ALL
+    cfg = replace(CONFIG, depth=1, width=16, conv_widths=(8,)) if is_generated else ALL
     model = ts.Transformer(cfg, TRACK, testing.COMPONENTS)
     torch.manual_seed(0)
     for p in model.parameters():
@@ -351,6 +351,17 @@ def test_the_compiled_step_is_one_graph_with_eagers_loss_and_gradients(step, tin
         model.zero_grad(set_to_none=True)
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+def test_training_times_are_a_grid_of_their_quantiles(tiny):
+    """Logit-normal, then shifted."""
+    model = ts.Transformer(ALL, TRACK, testing.COMPONENTS)
+    captions = ts.load_captions(TRACK, "cpu")
+    batch = ts.make_batch(model, captions, some_rows(), 0, 0, world_of(0, 1))
+    logits = ts.shift_time(batch.t, 1 / ALL.t_shift).logit()
+    quantiles = torch.special.ndtr(logits / ALL.t_spread).sort().values
+    steps = torch.full((ALL.batch_size - 1,), 1 / ALL.batch_size)
+    torch.testing.assert_close(quantiles.diff(), steps, rtol=1e-3, atol=1e-4)
 
 
 def test_nothing_compiles_on_the_clock_and_warm_up_leaves_no_trace(tmp_path, monkeypatch):

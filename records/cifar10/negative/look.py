@@ -1,0 +1,91 @@
+"""Other samplers on a finished run's weights, by a few samples: looks, which decide nothing.
+
+    python records/cifar10/negative/look.py RUN 500 steps=16,guidance=8 steps=12,autoguidance=3
+
+RUN is a folder of logs/ with its checkpoints. It starts from SAMPLER; `churn` re-noises a step's
+share of the noise (Euler with ancestral steps) for t in churn_interval.
+"""
+
+import ast
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+from data.common import World, import_snapshot, read_captions  # noqa: E402
+from data.networks import Lite  # noqa: E402
+from data.reference import reference  # noqa: E402
+
+SAMPLER = dict(
+    sample_steps=16,
+    sample_shift=1.2,
+    last_step=0.03,
+    guidance=8.0,
+    guidance_interval=(0.1, 0.65),
+    autoguidance=2.0,
+    autoguidance_interval=(0.1, 0.95),
+    churn=0.0,
+    churn_interval=(0.0, 1.0),
+)
+BATCH = 100
+
+
+def sample(script, model, noise, text, look) -> torch.Tensor:
+    """The script's own Euler sampler, with ancestral steps: (B, C, H, W) -> the same."""
+    generator = torch.Generator().manual_seed(7)
+    null = model.null_text(len(noise)).contiguous()
+    x = noise
+    times = script.sampling_times(look)
+    for t, t_next in zip(times, times[1:]):
+        from_null, from_weak = script.guidance_at(t, look)
+        v = script.velocity(model, x, rows := torch.full((len(x),), t), text)
+        way = 0.0
+        if from_null:
+            way = from_null * (v - script.velocity(model, x, rows, null))
+        if from_weak:
+            way = way + from_weak * (v - script.velocity(model.weak, x, rows, text))
+        v = v + way
+        churned = look.churn_interval[0] <= t <= look.churn_interval[1] and t_next > 0
+        churn = look.churn * churned
+        fresh = torch.randn(x.shape, generator=generator)
+        kept = math.sqrt(1 - churn**2) * (x + (1 - t) * v) + churn * fresh
+        x = (1 - t_next) * (x - t * v) + t_next * kept
+    return x
+
+
+@torch.no_grad()
+def main():
+    run, count, *looks = Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+    world = World()
+    script = import_snapshot(run / "train_speedrun.py")
+    model, _ = script.load_checkpoint(max(run.glob("step_*.safetensors")))
+    for network in (model, model.weak):
+        network.forward = torch.compile(network.forward, dynamic=False)
+    captions = read_captions("cifar10")
+    lite = Lite(captions, world.device)
+    track = SimpleNamespace(name="cifar10", dtype="uint8", shape=(3, 32, 32))
+    real, _ = reference(track, "lite", lite, world)
+    labels = captions.balanced(count)
+    for changes in looks:
+        given = ast.parse(f"dict({changes})", mode="eval").body.keywords
+        given = {word.arg: ast.literal_eval(word.value) for word in given}
+        look = SimpleNamespace(**SAMPLER | given)
+        parts = []
+        for start in range(0, count, BATCH):
+            seeds = range(50_000_000 + start, 50_000_000 + start + BATCH)
+            noise = [
+                torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(s)) for s in seeds
+            ]
+            part = labels[start : start + BATCH]
+            x = sample(script, model, torch.stack(noise), captions.pooled[part], look)
+            parts.append(lite((127.5 * x + 128).clamp(0, 255).to(torch.uint8), part))
+        fake = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        kd, accuracy, *_ = Lite.values(real, fake)
+        print(f"{changes}: {script.sampling_nfe(look)} nfe, KD {kd:.1f}, accuracy {accuracy:.3f}")
+
+
+if __name__ == "__main__":
+    main()
