@@ -389,20 +389,21 @@ def write_imagenet(folder: Path, args: argparse.Namespace, request: dict, world:
 
 
 def forecast(folder: Path, images, total: int, disk: int, world: World):
-    """Says what the download will take, by its first 16 images. Raises UserError without disk.
+    """Says what the download will take, by the first ones. Raises UserError without disk.
 
     disk: bytes of all images' shards.
     """
     need_disk(folder, 1.05 * disk, "free some, or ask for fewer --shards")
-    count = min(16, total)
+    count = min(16, 1 + total // 16)
     began = time.perf_counter()
     images.read(range(count))
     seconds = (time.perf_counter() - began) / count * total / world.size
-    print(
-        f"{total} images from {images.source}: {total * images.image_bytes / 1e9:.2f} GB to read, "
-        f"{disk / 1e9:.2f} GB of disk, {seconds / 3600:.1f} h at the rate of the first ones",
-        flush=True,
-    )
+    if world.rank == 0:
+        print(
+            f"{total} images from {images.source}: {total * images.image_bytes / 1e9:.2f} GB to "
+            f"read, {disk / 1e9:.2f} GB of disk, {seconds / 3600:.1f} h at the rate of the first",
+            flush=True,
+        )
 
 
 def read_rows(images, rows: range, title: str) -> dict[str, torch.Tensor]:

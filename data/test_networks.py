@@ -25,7 +25,7 @@ from torch.testing import assert_close
 import eval_speedrun as ev
 from data import metrics, networks, reference, selfcheck
 from data.common import UserError, World, read_split, sha256
-from data.testing import copy_run, sampler_of
+from data.testing import ROOT, copy_run, sampler_of
 
 CPU = torch.device("cpu")
 
@@ -233,6 +233,29 @@ def test_lite_takes_the_wheels_names_and_scales_pixels(tmp_path, monkeypatch):
         path.write_bytes(content)
         with pytest.raises(UserError, match=f"{path} is damaged or foreign.*delete it"):
             networks.Lite(captions, CPU)
+
+
+def test_the_rounding_of_samples_moves_a_frechet_distance_by_little(monkeypatch):
+    """By our rule a value goes to the nearest level, by SR-DiT's to the one below.
+
+    CIFAR-10's test images at twice their size lie between the levels, as a decoder's samples do.
+    """
+    monkeypatch.delenv("SPEEDRUN_WEIGHTS", raising=False)  # other tests' random ones
+    monkeypatch.chdir(ROOT)
+    try:
+        images, _ = read_split("cifar10", "val")
+        lite = networks.Lite(SimpleNamespace(labels=[0]), CPU)
+    except UserError as error:
+        pytest.skip(str(error))
+    x = F.interpolate(images[:1000] / 127.5 - 1, scale_factor=2, mode="bicubic")
+    ours = ev.to_uint8(x)
+    theirs = (255 * (x + 1) / 2).clamp(0, 255).to(torch.uint8)
+    assert 0.45 < (ours != theirs).float().mean() < 0.5
+    with torch.no_grad():
+        real, ours, theirs = map(lite.features, (ours[500:], ours[:500], theirs[:500]))
+    variance = real.double().var(dim=0).sum().item()
+    assert frechet(ours, theirs) < 0.01 * variance
+    assert frechet(real, theirs) == pytest.approx(frechet(real, ours), rel=0.005)
 
 
 def test_reference_images_are_the_first_of_each_label():
