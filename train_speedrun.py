@@ -163,7 +163,7 @@ CONFIGS = {
         conv_widths=(32, 64),
         flip=True,
         batch_size=64,
-        steps=1300,
+        steps=1600,
         muon_lr=0.025,
         adamw_lr=2e-3,
         cooldown=1.0,
@@ -272,12 +272,14 @@ def conv3x3(x: Tensor, matrix: Tensor) -> Tensor:
 
 def fold(x: Tensor) -> Tensor:
     """(B, H, W, c) -> (B, H / 2, W / 2, 4 c)."""
-    return F.pixel_unshuffle(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+    squares = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, H / 2, 2, W / 2, 2, c)
+    return squares.transpose(2, 3).flatten(3)
 
 
 def unfold(x: Tensor) -> Tensor:
     """(B, H, W, 4 c) -> (B, 2 H, 2 W, c)."""
-    return F.pixel_shuffle(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+    squares = x.unflatten(3, (2, 2, -1))  # (B, H, W, 2, 2, c)
+    return squares.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 class Level(nn.Module):
