@@ -105,7 +105,6 @@ class Config:
     depth: int
     head_dim: int = 64
     mlp_ratio: int = 4
-    conv_widths: tuple = ()  # channels of convolutions at full, half, ... resolution; () = none
     route_keep: float = 1.0  # share of the patches in the middle blocks; 1 = no routing
     route_dense: int = 2  # blocks before and after them that see all tokens
     path_drop: float = 0.05  # share of images trained without the middle blocks
@@ -154,27 +153,25 @@ CONFIGS = {
     "cifar10": Config(
         track="cifar10", patch=2, width=512, depth=12, flip=True, steps=20_000, guidance=2.0
     ),
-    # a laptop: ./run.sh in 12 minutes; no record yet, see records/cifar10/NEGATIVE.md
+    # a laptop: ./run.sh in 12 minutes; the record of records/cifar10 takes 2,400 steps
     "cifar10-cpu": Config(
         track="cifar10",
         patch=4,
         width=192,
-        depth=2,
-        conv_widths=(32, 64),
+        depth=4,
         flip=True,
         batch_size=64,
-        steps=1300,
+        steps=1600,
         muon_lr=0.025,
         adamw_lr=2e-3,
         cooldown=1.0,
         t_spread=1.0,
-        sample_steps=16,
-        guidance=9.0,
-        guidance_interval=(0.1, 0.65),
-        autoguidance=2.0,
+        sample_steps=12,
+        guidance=8.0,
+        guidance_interval=(0.1, 0.7),
+        autoguidance=3.0,
         autoguidance_interval=(0.1, 0.95),
         sample_shift=1.2,
-        last_step=0.03,
     ),
     # SiT-B/1 on 8 GPUs: SR-DiT (arXiv 2512.12386) with Muon
     "imagenet256": Config(
@@ -264,57 +261,11 @@ def precondition(x: Tensor, t: Tensor, sigma_data: float) -> tuple:
     return guess, sigma_data * variance.rsqrt(), x * variance.rsqrt()
 
 
-def conv3x3(x: Tensor, matrix: Tensor) -> Tensor:
-    """(B, H, W, in), a kernel as a matrix (out, 9 in) -> (B, H, W, out)."""
-    kernel = matrix.unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
-    return F.conv2d(x.permute(0, 3, 1, 2), kernel, padding=1).permute(0, 2, 3, 1)
-
-
-def fold(x: Tensor) -> Tensor:
-    """(B, H, W, c) -> (B, H / 2, W / 2, 4 c)."""
-    squares = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, H / 2, 2, W / 2, 2, c)
-    return squares.transpose(2, 3).flatten(3)
-
-
-def unfold(x: Tensor) -> Tensor:
-    """(B, H, W, 4 c) -> (B, 2 H, 2 W, c)."""
-    squares = x.unflatten(3, (2, 2, -1))  # (B, H, W, 2, 2, c)
-    return squares.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-
-class Level(nn.Module):
-    """Convolutions at one resolution of an hourglass (U-Net, arXiv 1505.04597): down, and up."""
-
-    def __init__(self, width: int, below: int, condition_width: int):
-        super().__init__()
-        self.kernels = nn.Parameter(torch.empty(4, width, 9 * width))
-        self.modulation = nn.Linear(condition_width, 6 * width)
-        self.shrink = nn.Linear(4 * width, below)
-        self.grow = nn.Linear(below, 4 * width)
-
-    def block(self, x: Tensor, kernels: tuple, modulation: Tensor) -> Tensor:
-        """Two convolutions behind adaLN-zero: (B, H, W, width) -> the same."""
-        shift, scale, gate = modulation[:, None, None].chunk(3, dim=-1)
-        h = conv3x3(rms_norm(x) * (1 + scale) + shift, kernels[0])
-        return x + gate * conv3x3(F.silu(h), kernels[1])
-
-    def down(self, x: Tensor, c: Tensor) -> tuple:
-        """(B, H, W, width) for `up`, and (B, H / 2, W / 2, below) for the next level."""
-        x = self.block(x, self.kernels[:2], self.modulation(c).chunk(2, dim=1)[0])
-        return x, self.shrink(fold(x))
-
-    def up(self, x: Tensor, below: Tensor, c: Tensor) -> Tensor:
-        """What `down` gave, what the next level made of it -> (B, H, W, width)."""
-        x = x + unfold(self.grow(below))
-        return self.block(x, self.kernels[2:], self.modulation(c).chunk(2, dim=1)[1])
-
-
 class Transformer(nn.Module):
     """Velocity network: (B, M) at times (B,) under captions (B, text_width) -> (B, M), float32.
 
     A row is an image and, with REG (arXiv 2507.01467), DINOv2's class token beside it. With routing
-    (SPRINT, arXiv 2510.21986) the middle blocks see some of the patches, the outer blocks all. With
-    convolutions a token stands for a patch of their last, coarsest features.
+    (SPRINT, arXiv 2510.21986) the middle blocks see some of the patches, the outer blocks all.
     """
 
     def __init__(self, cfg: Config, track: Track, components: int = 0):
@@ -330,14 +281,7 @@ class Transformer(nn.Module):
         self.class_values = components * self.class_tokens
         self.middle = range(cfg.depth, cfg.depth)  # the routed blocks: none
 
-        widths = cfg.conv_widths
-        self.levels = nn.ModuleList(Level(*w, D) for w in zip(widths, (*widths[1:], D)))
-        if self.levels:
-            self.conv_in = nn.Parameter(torch.empty(widths[0], 9 * C))
-            self.conv_out = nn.Parameter(torch.empty(C, 9 * widths[0]))
-        else:
-            self.embed = nn.Linear(C * p * p, D)
-            self.head = nn.Linear(D, C * p * p)
+        self.embed = nn.Linear(C * p * p, D)
         self.position = nn.Parameter(torch.empty(H // p * (W // p), D))
         self.time_in = nn.Linear(256, D)
         self.time_out = nn.Linear(D, D)
@@ -349,6 +293,7 @@ class Transformer(nn.Module):
         self.up = nn.Parameter(torch.empty(cfg.depth, cfg.mlp_ratio * D, D))
         self.down = nn.Parameter(torch.empty(cfg.depth, D, cfg.mlp_ratio * D))
         self.value_mix = nn.Parameter(torch.empty(cfg.depth))
+        self.head = nn.Linear(D, C * p * p)
         if cfg.route_keep < 1:
             self.middle = range(cfg.route_dense, cfg.depth - cfg.route_dense)
             self.mask_token = nn.Parameter(torch.empty(D))
@@ -377,11 +322,9 @@ class Transformer(nn.Module):
         for name, p in self.named_parameters():
             part = name.split(".")[0]
             normal = torch.randn(p.shape, generator=generator)
-            zeros = ("head", "class_head", "conv_out", "mask_token")
-            fans = ("levels", "embed", "time_out", "projectors")
-            if name.endswith(".bias") or part in zeros or "modulation" in name:
+            if name.endswith(".bias") or part in ("modulation", "head", "class_head", "mask_token"):
                 p.zero_()  # adaLN-zero: at first a block does nothing
-            elif p.dim() == 3 or "_in" in part or part in fans:
+            elif p.dim() == 3 or "_in" in part or part in ("embed", "time_out", "projectors"):
                 p.copy_(normal * p.shape[-1] ** -0.5)  # 1 / sqrt(fan-in)
             elif part == "position":
                 p.copy_(normal * 0.02)
@@ -401,35 +344,24 @@ class Transformer(nn.Module):
         return self.text_mean.expand(count, -1)
 
     def condition(self, t: Tensor, text: Tensor) -> tuple:
-        """c (B, D), and from it the 6 depth + 2 shifts, scales and gates of all blocks and the
-        read-out, (B, 1, D) each."""
+        """The 6 depth + 2 shifts, scales and gates of all blocks and the head, (B, 1, D) each."""
         frequencies = torch.exp(-math.log(10_000) * torch.arange(128, device=t.device) / 128)
         angles = 1000 * t[:, None] * frequencies  # (B, 128)
         waves = torch.cat([angles.cos(), angles.sin()], dim=1)
         c = self.time_out(F.silu(self.time_in(waves)))
-        c = F.silu(c + self.text_in((text - self.text_mean) / self.text_std))
-        return c, self.modulation(c).view(len(t), -1, 1, self.cfg.width).unbind(1)
+        c = c + self.text_in((text - self.text_mean) / self.text_std)
+        return self.modulation(F.silu(c)).view(len(t), -1, 1, self.cfg.width).unbind(1)
 
-    def tokens(self, x: Tensor, c: Tensor) -> tuple:
-        """(B, M) -> (B, N, D): with REG the class token, then the patches row by row.
-
-        And what the convolutions hand over to read_out.
-        """
+    def tokens(self, x: Tensor) -> Tensor:
+        """(B, M) -> (B, N, D): with REG the class token, then the patches row by row."""
         image = x[:, : self.image_values].unflatten(1, self.track.shape)
-        skips = []
-        if self.levels:
-            h = conv3x3(image.permute(0, 2, 3, 1), self.conv_in)
-            for level in self.levels:
-                skip, h = level.down(h, c)
-                skips.append(skip)
-            h = h.flatten(1, 2)
-        else:
-            h = self.embed(F.pixel_unshuffle(image, self.cfg.patch).flatten(2).mT)
+        patches = F.pixel_unshuffle(image, self.cfg.patch).flatten(2).mT  # (B, patches, C p p)
+        h = self.embed(patches)
         h = h + self.position.to(h.dtype)
         if self.class_tokens:
             class_token = rms_norm(self.class_in(x[:, self.image_values :]))
             h = torch.cat([class_token[:, None].to(h.dtype), h], dim=1)
-        return h, skips
+        return h
 
     def block(self, x: Tensor, weights, modulation, value_mix, first_values, rope) -> tuple:
         """Attention and MLP, both behind adaLN-zero: tokens (B, n, D) -> the same.
@@ -461,18 +393,12 @@ class Transformer(nn.Module):
             routed = torch.where(skip.view(-1, 1, 1), mask, routed)
         return F.linear(torch.cat([outer.to(routed.dtype), routed], dim=2), self.fuse[0])
 
-    def read_out(self, h: Tensor, skips: list, c: Tensor, modulation: tuple) -> Tensor:
-        """Tokens (B, N, D), and what `tokens` handed over -> (B, M), float32."""
+    def read_out(self, h: Tensor, modulation: tuple) -> Tensor:
+        """Tokens (B, N, D) -> (B, M), float32."""
         shift, scale = modulation
         h = rms_norm(h) * (1 + scale) + shift
-        patches = h[:, self.class_tokens :].unflatten(1, self.grid)  # (B, H / p, W / p, D)
-        if self.levels:
-            for level, skip in zip(reversed(self.levels), reversed(skips)):
-                patches = rms_norm(level.up(skip, patches, c))
-            out = conv3x3(patches, self.conv_out).float().permute(0, 3, 1, 2).flatten(1)
-        else:
-            patches = self.head(patches).float().permute(0, 3, 1, 2)
-            out = F.pixel_shuffle(patches, self.cfg.patch).flatten(1)
+        patches = self.head(h[:, self.class_tokens :]).float().mT.unflatten(2, self.grid)
+        out = F.pixel_shuffle(patches, self.cfg.patch).flatten(1)
         if self.class_tokens:
             out = torch.cat([out, self.class_head(h[:, 0]).float()], dim=1)
         return out
@@ -484,11 +410,11 @@ class Transformer(nn.Module):
         not enter them; None: no image. drop_middle: no image does, and these blocks cost nothing.
         """
         guess, gain, x = precondition(x, t[:, None], self.cfg.sigma_data)
-        c, modulation = self.condition(t, text)
+        modulation = self.condition(t, text)
         qkv = self.qkv.unflatten(0, (-1, 3)).flatten(1, 2)  # (depth, 3 D, D)
         banks = (qkv, self.proj, self.up, self.down)
         layers = list(zip(*(bank.unbind(0) for bank in banks)))
-        h, skips = self.tokens(x, c)
+        h = self.tokens(x)
         rope = (self.cos, self.sin)
         values = None
         states = []
@@ -511,7 +437,7 @@ class Transformer(nn.Module):
             h, values = self.block(h, layers[i], adaln, self.value_mix[i], values, rope)
             if i + 1 in self.cfg.repa_layers:
                 states.append(h)
-        return guess + gain * self.read_out(h, skips, c, modulation[-2:]), states
+        return guess + gain * self.read_out(h, modulation[-2:]), states
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1343,8 +1269,6 @@ def check_config(cfg: Config, world: World):
     assert divides, f"world size {world.size} does not divide {counts}: start another number"
     fits = track.shape[1] % cfg.patch == track.shape[2] % cfg.patch == cfg.width % cfg.head_dim == 0
     assert fits, f"patch must divide {track.shape}, head_dim {cfg.head_dim} the width {cfg.width}"
-    halved = not cfg.conv_widths or cfg.patch == 2 ** len(cfg.conv_widths)
-    assert halved, f"conv_widths {cfg.conv_widths} halve the image to patches of another patch size"
     assert cfg.head_dim % 4 == 0, f"head_dim {cfg.head_dim} is no multiple of 4 (2-D RoPE)"
     assert 1 <= cfg.evals <= cfg.steps, f"evals {cfg.evals} is not in 1 .. steps {cfg.steps}"
     assert cfg.sampler in ("euler", "sde"), f"sampler {cfg.sampler!r} is neither euler nor sde"

@@ -51,10 +51,9 @@ CONFIG = ts.Config(
     bf16=False,
     compile=False,
 )
-# Every switch of the model, the objective and the routing
+# Every switch of the objective and of the routing
 ALL = replace(
     CONFIG,
-    conv_widths=(8,),
     route_keep=0.25,
     route_dense=1,
     path_drop=0.2,

@@ -332,7 +332,7 @@ def some_rows() -> dict:
 def test_the_compiled_step_is_one_graph_with_eagers_loss_and_gradients(step, tiny):
     """Routed and in the dense tail with every switch on; the smallest model as generated code."""
     is_generated = step == "generated code"
-    cfg = replace(CONFIG, depth=1, width=16, conv_widths=(8,)) if is_generated else ALL
+    cfg = replace(CONFIG, depth=1, width=16) if is_generated else ALL
     model = ts.Transformer(cfg, TRACK, testing.COMPONENTS)
     torch.manual_seed(0)
     for p in model.parameters():
