@@ -127,7 +127,8 @@ class Config:
     sigma_data: float = 0.5  # spread of x in the preconditioning; 0 = predict v directly
     caption_drop: float = 0.1  # share of images trained on the null caption, for guidance
     flip: bool = False  # mirror half of the images (pixels, not latents)
-    t_shift: float = 1.0  # of the uniform training t: more noise where > 1
+    t_spread: float = 0.0  # of the logit of training t (logit-normal); 0 = uniform t
+    t_shift: float = 1.0  # of training t: more noise where > 1
     cfm: float = 0.0  # weight of contrastive flow matching
     reg: float = 0.0  # weight of the class token's velocity (REG); 0 = no such token
     repa: float = 0.0  # weight of the alignment with DINOv2-B's features (REPA) ...
@@ -164,8 +165,9 @@ CONFIGS = {
         muon_lr=0.025,
         adamw_lr=2e-3,
         cooldown=1.0,
+        t_spread=1.0,
         sample_steps=12,
-        guidance=6.0,
+        guidance=8.0,
         guidance_interval=(0.1, 0.7),
         autoguidance=3.0,
         autoguidance_interval=(0.1, 0.95),
@@ -871,6 +873,8 @@ def make_batch(model, captions: Tensor, rows: dict, seed: int, step: int, world)
     routing = torch.rand(B, 1 + len(model.position), generator=g, device=device)[mine]
     class_noise = torch.randn(B, model.class_values, generator=g, device=device)[mine]
     t = (first_t[0] + torch.arange(B, device=device) / B) % 1  # low discrepancy: VDM, appendix I.1
+    if cfg.t_spread:  # fewer steps at both ends: SD3, arXiv 2403.03206, eq. 19
+        t = torch.sigmoid(cfg.t_spread * torch.special.ndtri(t))
 
     x = to_model_scale(model.track, rows["latents"])
     if cfg.flip:
