@@ -114,18 +114,20 @@ class PatchFeatures:
         tensors = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
         write_atomic(path, lambda temporary: save_file(tensors, temporary))
 
-    def load(self, path: Path, device: torch.device):
+    def load(self, path: Path, world: World):
         """Takes the bases that `fit` wrote, and says how much of the tokens they can express."""
         tensors = load_file(path)
-        self.mean = tensors["mean"].to(device)
-        self.basis = tensors["basis"].to(device)
-        self.step = (tensors["scale"][:2] * tensors["widest"]).to(device)  # (2, components)
+        self.mean = tensors["mean"].to(world.device)
+        self.basis = tensors["basis"].to(world.device)
+        step = tensors["scale"][:2] * tensors["widest"]  # (2, components)
+        self.step = step.to(world.device)
         of_class, of_patches = tensors["explained"]
-        print(
-            f"{path}: {self.components} int8 values explain {of_class:.3f} of the class tokens' "
-            f"variance, {of_patches:.3f} of the patches'",
-            flush=True,
-        )
+        if world.rank == 0:
+            print(
+                f"{path}: {self.components} int8 values explain {of_class:.3f} of the class "
+                f"tokens' variance, {of_patches:.3f} of the patches'",
+                flush=True,
+            )
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, size, size) -> int8 (B, 1 + patches, components), on the CPU."""
@@ -390,7 +392,7 @@ class Photos:
             starts = progress(range(0, count, 16), "PCA")
             self.features.fit((self.pixels(rows[at : at + 16]) for at in starts), path)
         world.wait()
-        self.features.load(path, world.device)
+        self.features.load(path, world)
 
     def pixels(self, rows: Iterable[int]) -> Tensor:
         """uint8 (n, 3, size, size). Raises UserError."""

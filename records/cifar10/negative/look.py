@@ -1,9 +1,9 @@
-"""Other samplers on a finished run's weights, by a few samples: looks, which decide nothing.
+"""Draws a few samples of a finished run with other samplers, and scores them: looks, no results.
 
     python records/cifar10/negative/look.py RUN 500 steps=16,guidance=8 steps=12,autoguidance=3
 
-RUN is a folder of logs/ with its checkpoints. It starts from SAMPLER; `churn` re-noises a step's
-share of the noise (Euler with ancestral steps) for t in churn_interval.
+RUN is a folder of logs/ with its checkpoints; what is not named is SAMPLER's. `churn` is the share of
+the remaining noise that a step replaces by fresh noise, where t is in churn_interval.
 """
 
 import ast
@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+import eval_speedrun  # noqa: E402
 from data.common import World, import_snapshot, read_captions  # noqa: E402
 from data.networks import Lite  # noqa: E402
 from data.reference import reference  # noqa: E402
@@ -41,15 +42,15 @@ def sample(script, model, noise, text, look) -> torch.Tensor:
     times = script.sampling_times(look)
     for t, t_next in zip(times, times[1:]):
         from_null, from_weak = script.guidance_at(t, look)
-        v = script.velocity(model, x, rows := torch.full((len(x),), t), text)
+        rows = torch.full((len(x),), t)
+        v = script.velocity(model, x, rows, text)
         way = 0.0
         if from_null:
             way = from_null * (v - script.velocity(model, x, rows, null))
         if from_weak:
             way = way + from_weak * (v - script.velocity(model.weak, x, rows, text))
         v = v + way
-        churned = look.churn_interval[0] <= t <= look.churn_interval[1] and t_next > 0
-        churn = look.churn * churned
+        churn = look.churn if look.churn_interval[0] <= t <= look.churn_interval[1] else 0.0
         fresh = torch.randn(x.shape, generator=generator)
         kept = math.sqrt(1 - churn**2) * (x + (1 - t) * v) + churn * fresh
         x = (1 - t_next) * (x - t * v) + t_next * kept
@@ -66,7 +67,7 @@ def main():
         network.forward = torch.compile(network.forward, dynamic=False)
     captions = read_captions("cifar10")
     lite = Lite(captions, world.device)
-    track = SimpleNamespace(name="cifar10", dtype="uint8", shape=(3, 32, 32))
+    track = script.TRACKS["cifar10"]
     real, _ = reference(track, "lite", lite, world)
     labels = captions.balanced(count)
     for changes in looks:
@@ -75,13 +76,12 @@ def main():
         look = SimpleNamespace(**SAMPLER | given)
         parts = []
         for start in range(0, count, BATCH):
-            seeds = range(50_000_000 + start, 50_000_000 + start + BATCH)
-            noise = [
-                torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(s)) for s in seeds
-            ]
             part = labels[start : start + BATCH]
-            x = sample(script, model, torch.stack(noise), captions.pooled[part], look)
-            parts.append(lite((127.5 * x + 128).clamp(0, 255).to(torch.uint8), part))
+            seeds = [eval_speedrun.NOISE_SEED + start + i for i in range(len(part))]
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            noise = torch.stack([torch.randn(track.shape, generator=g) for g in generators])
+            x = sample(script, model, noise, captions.pooled[part], look)
+            parts.append(lite(eval_speedrun.to_uint8(x), part))
         fake = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         kd, accuracy, *_ = Lite.values(real, fake)
         print(f"{changes}: {script.sampling_nfe(look)} nfe, KD {kd:.1f}, accuracy {accuracy:.3f}")
