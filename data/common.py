@@ -207,8 +207,8 @@ def import_snapshot(path: Path) -> ModuleType:
 DAMAGED = (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError)
 
 
-def read_shards(track: str, split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Latents (n, C, H, W) as stored and labels (n,) int64 of each shard. Raises UserError.
+def read_shards(track: str, split: str, images: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Images (n, C, H, W) as stored and labels (n,) int64 of each shard. Raises UserError.
 
     The manifest says which shards belong to the data; others in the folder are left alone.
     """
@@ -219,14 +219,19 @@ def read_shards(track: str, split: str) -> Iterator[tuple[torch.Tensor, torch.Te
             if name.startswith(split + "_"):
                 path = path.with_name(name)
                 tensors = load_file(path)
-                yield tensors["latents"], tensors["labels"].long()
+                yield tensors[images], tensors["labels"].long()
     except DAMAGED as error:
         raise UserError(f"{path} is damaged ({error}); run: python data/download.py {track}")
 
 
-def read_split(track: str, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents (N, C, H, W) as stored and labels (N,) int64 of all shards. Raises UserError."""
-    shards = list(read_shards(track, split))
+def read_split(
+    track: str, split: str, images: str = "latents"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (N, C, H, W) as stored and labels (N,) int64 of all shards. Raises UserError.
+
+    images: "latents", what is trained on, or "pixels" of these images where they are kept beside.
+    """
+    shards = list(read_shards(track, split, images))
     if not shards:
         raise UserError(
             f"data/{track} holds no {split} images; run: python data/download.py {track}"

@@ -38,7 +38,7 @@ from safetensors import safe_open
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT.parent))  # this file is run as a script
 
-from data import shards  # noqa: E402
+from data import encoders, shards  # noqa: E402
 from data.common import (  # noqa: E402
     Captions,
     UserError,
@@ -48,7 +48,7 @@ from data.common import (  # noqa: E402
     sha256,
     sha256_of,
 )
-from data.encoders import COMPONENTS, ENDINGS, Photos, read_photo  # noqa: E402
+from data.encoders import COMPONENTS, ENDINGS, Photos, read_photo, sample_latents  # noqa: E402
 from data.networks import answers, clip_text, from_hub  # noqa: E402
 from data.shards import (  # noqa: E402
     all_there,
@@ -468,11 +468,12 @@ SCRIPT = ROOT.parent / "train_speedrun.py"  # its row of the track says the size
 
 
 def own_photos(folder: Path, args: argparse.Namespace):
-    """Writes data/folder: all photos below a folder, as pixels. Raises UserError.
+    """Writes data/folder: all photos below a folder. Raises UserError.
 
-    Their size, and how many are held out for validation, are those of the track's row in TRACKS. A
-    photo's caption is the name of the folder it lies in, or its line in --captions. Photos with
-    the same caption share a label.
+    Their size, whether they become pixels or latents of the E2E-INVAE with the pixels beside them,
+    and how many are held out for validation, are the track's row's in TRACKS. A
+    photo's caption is the name of the folder it lies in, or its line in --captions. Photos with the
+    same caption share a label.
     """
     if not (args.images and args.images.is_dir()):
         raise UserError(f"--images {args.images or ''}: give a folder of photos")
@@ -494,20 +495,34 @@ def own_photos(folder: Path, args: argparse.Namespace):
     request = {"shape": str(row.shape), "photos": sha256("\n".join(facts + captions).encode())}
     if all_there(folder, request):
         return
-    need_disk(folder, 1.05 * len(files) * np.prod(row.shape), "free some and run this again")
+    is_encoded = row.dtype != "uint8"
+    size = row.shape[1] * (16 if is_encoded else 1)
+    image_bytes = 3 * size**2 + is_encoded * 2 * np.prod(row.shape)
+    need_disk(folder, 1.05 * len(files) * image_bytes, "free some and run this again")
+    autoencoder = encoders.load_autoencoder(World().device) if is_encoded else None
     table = sorted(set(captions))
     text = Captions(table, list(range(len(table))), clip_text(table, row.text_width))
-    crops = [read_photo(file, row.shape[1], upright=True) for file in progress(files, "photos")]
-    pixels = np.stack(crops).transpose(0, 3, 1, 2)  # (N, 3, H, W)
+    crops = [read_photo(file, size, upright=True) for file in progress(files, "photos")]
+    pixels = np.stack(crops).transpose(0, 3, 1, 2)  # (N, 3, size, size)
     label_of = {caption: label for label, caption in enumerate(table)}
     labels = np.array([label_of[caption] for caption in captions], np.int32)
     is_held = np.zeros(len(files), bool)
     is_held[np.linspace(0, len(files) - 1, row.val_images).round().astype(int)] = True
+    arrays = (pixels, labels)
+    if is_encoded:
+        latents = []
+        for at in progress(range(0, len(files), 16), "latents"):
+            part = torch.from_numpy(pixels[at : at + 16]).to(World().device)
+            latents.append(sample_latents(autoencoder, part, range(at, at + len(part))))
+        arrays = (torch.cat(latents).numpy(), labels, pixels)
     splits = {
-        "train": (pixels[~is_held], labels[~is_held]),
-        "val": (pixels[is_held], labels[is_held]),
+        "train": [array[~is_held] for array in arrays],
+        "val": [array[is_held] for array in arrays],
     }
-    about = {"autoencoder": "none: pixels", "source": f"{len(files)} photos"}
+    about = {
+        "autoencoder": "E2E-INVAE f16d32" if is_encoded else "none: pixels",
+        "source": f"{len(files)} photos",
+    }
     write_track(folder, splits, text, about, {"encoder": "OpenAI CLIP ViT-B/32"}, request)
 
 

@@ -407,10 +407,7 @@ class Photos:
         for at in range(0, len(rows), 16):
             batch = rows[at : at + 16]
             pixels = self.pixels(batch)
-            noise = [posterior_noise(row, self.size // 16) for row in batch]
-            noise = torch.stack(noise).to(self.device)
-            sampled = self.autoencoder.encode(pixels / 127.5 - 1, noise)
-            latents.append(sampled.half().cpu())
+            latents.append(sample_latents(self.autoencoder, pixels, batch))
             if self.features:
                 features.append(self.features(pixels))
         if not self.features:
@@ -427,6 +424,12 @@ def scale_shape(path: Path) -> list[int]:
         return []
 
 
-def posterior_noise(row: int, side: int) -> Tensor:
-    """(32, side, side) by the image's number alone: any process encodes it to the same latent."""
-    return torch.randn(32, side, side, generator=torch.Generator().manual_seed(row))
+def sample_latents(autoencoder: Autoencoder, pixels: Tensor, rows: Iterable[int]) -> Tensor:
+    """uint8 (n, 3, size, size) -> samples of the posterior, float16 (n, 32, size/16, size/16).
+
+    The noise is of the image's number alone: any process encodes it to the same latent.
+    """
+    side = pixels.shape[-1] // 16
+    generators = [torch.Generator().manual_seed(row) for row in rows]
+    noise = torch.stack([torch.randn(LATENT, side, side, generator=g) for g in generators])
+    return autoencoder.encode(pixels / 127.5 - 1, noise.to(pixels.device)).half().cpu()

@@ -13,17 +13,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.common import UserError, World, key_of, read_split, sha256_of, write_atomic
+from data.common import World, key_of, read_split, sha256_of, write_atomic
 from data.metrics import features_of, summary
 from data.networks import digest, weights
+
+# The names in WEIGHTS of ADM's reference batches; of other tracks the real images are their own
+ADM_BATCHES = {"imagenet256": "ADM reference", "imagenet512": "ADM reference of 512"}
 
 
 def real_images(track: SimpleNamespace, split: str = "train") -> tuple[Tensor, Tensor, str]:
     """Images uint8 (N, 3, H, W), their labels (N,), the sha256 of their file. Raises UserError."""
-    if track.dtype == "uint8":
-        images, labels = read_split(track.name, split)
+    if track.name not in ADM_BATCHES:
+        stored = "latents" if track.dtype == "uint8" else "pixels"
+        images, labels = read_split(track.name, split, stored)
         return images, labels, sha256_of(Path("data", track.name, "manifest.json"))
-    path = weights(adm_batch(track))
+    path = weights(ADM_BATCHES[track.name])
     images = torch.from_numpy(np.load(path)["arr_0"]).permute(0, 3, 1, 2)
     return images, torch.zeros(len(images), dtype=torch.long), sha256_of(path)
 
@@ -66,7 +70,7 @@ def reference(track: SimpleNamespace, name: str, network, world: World) -> tuple
             test["label"] = test_labels[: network.test_images]
             tensors |= network.compare(features, test, images)
             tensors |= {f"test.{name}": value.cpu() for name, value in test.items()}
-        if track.dtype != "uint8" and name == "inception":
+        if track.name in ADM_BATCHES and name == "inception":
             tensors.update(adm_moments(track))
         if world.rank == 0:
             notes = {"protocol": json.dumps(protocol)}
@@ -86,17 +90,9 @@ def balanced_rows(labels: Tensor, count: int) -> Tensor:
     return torch.cat(rows)[:count].sort().values
 
 
-def adm_batch(track: SimpleNamespace) -> str:
-    """The name in WEIGHTS of ADM's reference batch of a track. Raises UserError."""
-    batches = {"imagenet256": "ADM reference", "imagenet512": "ADM reference of 512"}
-    if track.name not in batches:
-        raise UserError(f"no real images are known for {track.name}: name them in adm_batch")
-    return batches[track.name]
-
-
 def adm_moments(track: SimpleNamespace) -> dict:
     """ADM's own moments of all of ImageNet's training images. Raises UserError."""
-    published = np.load(weights(adm_batch(track)))
+    published = np.load(weights(ADM_BATCHES[track.name]))
     names = {"pool.mean": "mu", "pool.cov": "sigma"}
     names |= {"spatial.mean": "mu_s", "spatial.cov": "sigma_s"}
     return {name: torch.from_numpy(published[key]) for name, key in names.items()}

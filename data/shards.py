@@ -29,17 +29,17 @@ def write_track(
 
     splits: {"train": (latents, labels), "val": ...}, arrays or tensors: latents (N, C, H, W), uint8
     pixels or float16 latents, as the track's row in TRACKS says; labels (N,), integers from 0.
+    After them may stand the pixels of latents, uint8 (N, 3, H, W): the referee's real images.
     text: every label has equally many captions; pooled (captions, D) as wide as the row says.
     about, about_text: {name: string}, kept in the files: where images and embeddings come from.
     request: {name: string}, kept in the manifest: what `all_there` will be asked for.
     """
     counts = {}
-    for split, (latents, labels) in splits.items():
-        for number, start in enumerate(range(0, len(latents), SHARD)):
-            shard = {
-                "latents": torch.as_tensor(latents[start : start + SHARD]).contiguous(),
-                "labels": torch.as_tensor(labels[start : start + SHARD]),
-            }
+    for split, arrays in splits.items():
+        for number, start in enumerate(range(0, len(arrays[0]), SHARD)):
+            shard = {}
+            for name, array in zip(("latents", "labels", "pixels"), arrays):
+                shard[name] = torch.as_tensor(array[start : start + SHARD]).contiguous()
             path = folder / f"{split}_{number:03d}.safetensors"
             counts[path.name] = len(shard["labels"])
             metadata = about | {"track": folder.name, "count": str(counts[path.name])}

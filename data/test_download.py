@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import eval_speedrun as ev
 import train_speedrun as ts
-from data import download, encoders, metrics, networks, shards, testing, validation
+from data import download, encoders, metrics, networks, reference, shards, testing, validation
 from data.common import Captions, UserError, World, read_captions, read_split, write_atomic
 from data.testing import CONFIG, ROOT, python, racer, train_here, write_data
 
@@ -694,3 +694,28 @@ def test_own_photos_are_a_track(place, lite_weights, monkeypatch, refused):
     refused(order, f"{path.name} is not a photo")
     path.unlink()
     refused(order, "photos holds 255 photos", "give 256 or more")
+
+
+def test_own_photos_become_latents_where_the_row_says_so(place, lite_weights, monkeypatch):
+    """Beside them lie the pixels, which are the referee's real images."""
+    write_photos(16, 40)
+    small = "width=32, depth=3, head_dim=16, steps=2, evals=1, sample_steps=2, compile=False"
+    racer(place, extra=f'CONFIGS["tiny"] = replace(CONFIGS["folder"], patch=1, {small})')
+    script = Path("train_speedrun.py")
+    row = '"folder", (32, 4, 4), "float16", 0.0, 0.3099, 0, 512, 4, 100'
+    script.write_text(re.sub(r'"folder", \(3,.*(?=\))', row, script.read_text()))
+    monkeypatch.setattr(download, "SCRIPT", script)
+    files = bring("folder --images photos")
+    images, _, _ = reference.real_images(ev.read_contract(script.read_text(), "folder").track)
+    crop = torch.tensor(encoders.read_photo(Path("photos/n00000000/01.JPEG"), 64))
+    assert len(images) == 12 and images[0].equal(crop.permute(2, 0, 1))  # the first is held out
+    noise = torch.randn(1, 32, 4, 4, generator=torch.Generator().manual_seed(1))  # its number
+    latents = read_split("folder", "train")[0]
+    assert latents[:1].equal(encode(images[:1] / 127.5 - 1, noise).half())
+    assert bring("folder --images photos") == files
+    folder = train_here(place, monkeypatch)
+    torch.save(small_autoencoder(monkeypatch).state_dict(), "e2e-invae-400k.pt")
+    shutil.copy(lite_weights / "tf_efficientnet_lite0.in1k.safetensors", place)
+    assert ev.main([str(folder), "--images", "10", "--metrics", "KD-lite"]) == 0
+    results = json.loads((folder / "results.json").read_text())
+    assert np.isfinite(results["metrics"]["KD-lite-10"])
