@@ -179,16 +179,16 @@ def test_schedules():
     assert times[::83] == pytest.approx([1, 0.750325, 0.443051, 0.055647], abs=1e-6)
 
 
-@pytest.mark.parametrize("sigma", [0.0, 0.5])
-def test_first_val_loss_has_its_analytic_value(sigma, drawn, trained):
-    """The zero-initialised model predicts 0, or the best linear guess: E[velocity | x_t]."""
-    state = ts.State(replace(CONFIG, sigma_data=sigma), 0, ts.World())
+@pytest.mark.parametrize("floor", [0.0, 0.2])
+def test_first_val_loss_has_its_analytic_value(floor, drawn, trained):
+    """The zero-initialised model predicts the best linear guess E[velocity | x_t], or x = 0."""
+    state = ts.State(replace(CONFIG, sigma_data=0.5, x_floor=floor), 0, ts.World())
     found = ts.validate(state, drawn.data[1], drawn.captions)
     noise, t = ts.validation_draws(TRACK, 32)
     x = load_file("data/tiny/val_000.safetensors")["latents"][:32].double() / 127.5 - 1
     t = t.double().view(-1, 1, 1, 1)
-    variance = (1 - t) ** 2 * sigma**2 + t**2  # of x_t, where x ~ N(0, sigma^2)
-    gain = (t - (1 - t) * sigma**2) / variance * (sigma > 0)
+    variance = (1 - t) ** 2 * 0.25 + t**2  # of x_t, where x ~ N(0, .25)
+    gain = 1 / t.clamp(min=0.05) if floor else (t - (1 - t) * 0.25) / variance
     error = noise - x - gain * ((1 - t) * x + t * noise)
     assert found == pytest.approx(error.square().mean().item(), rel=1e-5)
     assert parse_log(trained / "log.txt")["val_loss"] < 0.75 * found  # training learns more
@@ -252,12 +252,14 @@ def test_autoguidance_leads_away_from_the_ema_that_was_kept(everything_on, tiny,
         assert_close(found.flatten(1), noise - v - way * (v - v_weak))
 
 
-def test_loss_is_the_sum_of_its_terms(drawn):
+@pytest.mark.parametrize("floor", [0.0, 0.5])
+def test_loss_is_the_sum_of_its_terms(floor, drawn):
     model, b = drawn.model, drawn.batch
+    model.cfg = replace(model.cfg, x_floor=floor)
     t = b.t[:, None]
     v, states = model((1 - t) * b.x + t * b.noise, b.t, b.text, b.keep, b.skip)
     target = b.noise - b.x
-    error = (v - target).square()
+    error = (v - target).square() * (t / t.clamp(min=floor)).square()
     contrast = (v - target[torch.arange(16) ^ 1]).square()  # the other image of a pair
     aims = [b.features, b.features.take_along_dim(b.keep[..., None], 1), b.features]
     repa = 0.0

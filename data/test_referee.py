@@ -624,7 +624,6 @@ def test_damaged_run_or_data_is_one_line(name, place, refused):
 
 REQUESTS = {
     "--images|0": ("10 or more --images",),
-    "--images|3": ("10 or more --images",),
     "--images|1000000000": ("at most 1,000,000",),
     "--images|0|--prompt|": ("10 or more --images",),
     "--prompt|": ("--prompt is empty",),
