@@ -471,9 +471,9 @@ def own_photos(folder: Path, args: argparse.Namespace):
     """Writes data/folder: all photos below a folder. Raises UserError.
 
     Their size, whether they become pixels or latents of the E2E-INVAE with the pixels beside them,
-    and how many are held out for validation, are the track's row's in TRACKS. A
-    photo's caption is the name of the folder it lies in, or its line in --captions. Photos with the
-    same caption share a label.
+    and how many are held out for validation: the track's row in TRACKS says it. A photo's caption
+    is the name of the folder it lies in, or its line in --captions. Photos with the same caption
+    share a label.
     """
     if not (args.images and args.images.is_dir()):
         raise UserError(f"--images {args.images or ''}: give a folder of photos")
@@ -499,7 +499,8 @@ def own_photos(folder: Path, args: argparse.Namespace):
     size = row.shape[1] * (16 if is_encoded else 1)
     image_bytes = 3 * size**2 + is_encoded * 2 * np.prod(row.shape)
     need_disk(folder, 1.05 * len(files) * image_bytes, "free some and run this again")
-    autoencoder = encoders.load_autoencoder(World().device) if is_encoded else None
+    device = World().device
+    autoencoder = encoders.load_autoencoder(device) if is_encoded else None
     table = sorted(set(captions))
     text = Captions(table, list(range(len(table))), clip_text(table, row.text_width))
     crops = [read_photo(file, size, upright=True) for file in progress(files, "photos")]
@@ -512,7 +513,7 @@ def own_photos(folder: Path, args: argparse.Namespace):
     if is_encoded:
         latents = []
         for at in progress(range(0, len(files), 16), "latents"):
-            part = torch.from_numpy(pixels[at : at + 16]).to(World().device)
+            part = torch.from_numpy(pixels[at : at + 16]).to(device)
             latents.append(sample_latents(autoencoder, part, range(at, at + len(part))))
         arrays = (torch.cat(latents).numpy(), labels, pixels)
     splits = {
