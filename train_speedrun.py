@@ -22,6 +22,7 @@ import ctypes
 import fcntl
 import gc
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -946,6 +947,7 @@ class World:
             if sys.platform == "linux":  # killed when torchrun dies, or it would train on
                 ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
             dist.init_process_group(backend, timeout=timedelta(minutes=10))
+            dist.barrier()  # one that ends sooner takes rank 0's address book with it
 
     def end_on_signals(self):
         """SIGTERM and Ctrl-C end this process with one line, also where a collective waits.
@@ -1238,13 +1240,11 @@ def make_folder(wanted: Path, source: str) -> Path:
     Where another run has the wanted name, as of the same second, this one has a number after it.
     """
     folder = wanted
-    count = 1
-    while True:
+    for count in itertools.count(2):
         try:
             folder.mkdir(parents=True)
             break
         except FileExistsError:
-            count += 1
             folder = wanted.with_name(f"{wanted.name}_{count}")
     write_atomic(folder / "train_speedrun.py", lambda path: path.write_text(source))
     write_atomic(folder / "log.txt", lambda path: path.write_text(source + "=" * 100 + "\n"))
