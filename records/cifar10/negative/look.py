@@ -2,8 +2,10 @@
 
     python records/cifar10/negative/look.py RUN 500 steps=16,guidance=8 steps=12,autoguidance=3
 
-RUN is a folder of logs/ with its checkpoints; what is not named is SAMPLER's. `churn` is the share of
-the remaining noise that a step replaces by fresh noise, where t is in churn_interval.
+RUN is a folder of logs/ with its checkpoints; what is not named is SAMPLER's. `churn` is the share
+of the remaining noise that a step replaces by fresh noise, where t is in churn_interval; `flips=1`
+takes the mean of the velocities of a picture and of its mirror image (twice the evaluations that
+are printed); `weak` is a checkpoint whose earlier EMA takes the place of this run's.
 """
 
 import ast
@@ -30,8 +32,18 @@ SAMPLER = dict(
     autoguidance_interval=(0.1, 0.95),
     churn=0.0,
     churn_interval=(0.0, 1.0),
+    flips=0,
+    weak="",
 )
 BATCH = 100
+
+
+def velocity(script, model, x, rows, text, flips) -> torch.Tensor:
+    """The script's, of x (B, C, H, W) or, with flips, the mean over x and its mirror image."""
+    v = script.velocity(model, x, rows, text)
+    if flips:
+        v = (v + script.velocity(model, x.flip(-1), rows, text).flip(-1)) / 2
+    return v
 
 
 def sample(script, model, noise, text, look) -> torch.Tensor:
@@ -43,12 +55,13 @@ def sample(script, model, noise, text, look) -> torch.Tensor:
     for t, t_next in zip(times, times[1:]):
         from_null, from_weak = script.guidance_at(t, look)
         rows = torch.full((len(x),), t)
-        v = script.velocity(model, x, rows, text)
+        v = velocity(script, model, x, rows, text, look.flips)
         way = 0.0
         if from_null:
-            way = from_null * (v - script.velocity(model, x, rows, null))
+            way = from_null * (v - velocity(script, model, x, rows, null, look.flips))
         if from_weak:
-            way = way + from_weak * (v - script.velocity(model.weak, x, rows, text))
+            v_weak = velocity(script, model.weak, x, rows, text, look.flips)
+            way = way + from_weak * (v - v_weak)
         v = v + way
         churn = look.churn if look.churn_interval[0] <= t <= look.churn_interval[1] else 0.0
         fresh = torch.randn(x.shape, generator=generator)
@@ -74,6 +87,9 @@ def main():
         given = ast.parse(f"dict({changes})", mode="eval").body.keywords
         given = {word.arg: ast.literal_eval(word.value) for word in given}
         look = SimpleNamespace(**SAMPLER | given)
+        if look.weak:
+            other, _ = script.load_checkpoint(Path(look.weak))
+            model.weak.load_state_dict(other.weak.state_dict())
         parts = []
         for start in range(0, count, BATCH):
             part = labels[start : start + BATCH]
