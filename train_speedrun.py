@@ -203,7 +203,7 @@ CONFIGS = {
         last_step=0.04,
     ),
 }
-CONFIGS["folder"] = replace(CONFIGS["cifar10-cpu"], track="folder", x_floor=0.0)  # your own photos
+CONFIGS["folder"] = replace(CONFIGS["cifar10-cpu"], track="folder")  # your own photos
 CONFIGS["imagenet512"] = replace(  # as SR-DiT: the same but for the shifts, of 4 times the values
     CONFIGS["imagenet256"], track="imagenet512", t_shift=math.sqrt(8), sample_shift=math.sqrt(8)
 )

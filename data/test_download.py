@@ -714,6 +714,5 @@ def test_own_photos_become_latents_where_the_row_says_so(place, lite_weights, mo
     torch.save(small_autoencoder(monkeypatch).state_dict(), "e2e-invae-400k.pt")
     shutil.copy(lite_weights / "tf_efficientnet_lite0.in1k.safetensors", place)
     assert ev.main([str(folder), "--images", "10", "--metrics", "KD-lite"]) == 0
-    assert np.isfinite(
-        json.loads(Path(folder, "results.json").read_text())["metrics"]["KD-lite-10"]
-    )
+    results = json.loads((folder / "results.json").read_text())
+    assert np.isfinite(results["metrics"]["KD-lite-10"])
