@@ -1,11 +1,12 @@
 """Draws a few samples of a finished run with other samplers, and scores them: looks, no results.
 
-    python records/cifar10/negative/look.py RUN 500 steps=16,guidance=8 steps=12,autoguidance=3
+    python records/cifar10/negative/look.py RUN 500 guidance=8 sample_steps=12,flips=1
 
 RUN is a folder of logs/ with its checkpoints; what is not named is SAMPLER's. `churn` is the share
 of the remaining noise that a step replaces by fresh noise, where t is in churn_interval; `flips=1`
 takes the mean of the velocities of a picture and of its mirror image (twice the evaluations that
-are printed); `weak` is a checkpoint whose earlier EMA takes the place of this run's.
+are printed); `weak` is a checkpoint whose earlier EMA takes the place of this run's, `other` one
+that is asked in this run's place where t is larger than `above`.
 """
 
 import ast
@@ -34,6 +35,8 @@ SAMPLER = dict(
     churn_interval=(0.0, 1.0),
     flips=0,
     weak="",
+    other="",
+    above=1.0,
 )
 BATCH = 100
 
@@ -46,13 +49,14 @@ def velocity(script, model, x, rows, text, flips) -> torch.Tensor:
     return v
 
 
-def sample(script, model, noise, text, look) -> torch.Tensor:
+def sample(script, own, other, noise, text, look) -> torch.Tensor:
     """The script's own Euler sampler, with ancestral steps: (B, C, H, W) -> the same."""
     generator = torch.Generator().manual_seed(7)
-    null = model.null_text(len(noise)).contiguous()
+    null = own.null_text(len(noise)).contiguous()
     x = noise
     times = script.sampling_times(look)
     for t, t_next in zip(times, times[1:]):
+        model = other if t > look.above else own
         from_null, from_weak = script.guidance_at(t, look)
         rows = torch.full((len(x),), t)
         v = velocity(script, model, x, rows, text, look.flips)
@@ -70,14 +74,21 @@ def sample(script, model, noise, text, look) -> torch.Tensor:
     return x
 
 
+def load(script, path):
+    """A checkpoint's model and, within it, its earlier EMA, compiled."""
+    model, _ = script.load_checkpoint(Path(path))
+    for network in (model, model.weak):
+        network.forward = torch.compile(network.forward, dynamic=False)
+    return model
+
+
 @torch.no_grad()
 def main():
     run, count, *looks = Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
     world = World()
     script = import_snapshot(run / "train_speedrun.py")
-    model, _ = script.load_checkpoint(max(run.glob("step_*.safetensors")))
-    for network in (model, model.weak):
-        network.forward = torch.compile(network.forward, dynamic=False)
+    model = load(script, max(run.glob("step_*.safetensors")))
+    own_weak = model.weak
     captions = read_captions("cifar10")
     lite = Lite(captions, world.device)
     track = script.TRACKS["cifar10"]
@@ -87,16 +98,15 @@ def main():
         given = ast.parse(f"dict({changes})", mode="eval").body.keywords
         given = {word.arg: ast.literal_eval(word.value) for word in given}
         look = SimpleNamespace(**SAMPLER | given)
-        if look.weak:
-            other, _ = script.load_checkpoint(Path(look.weak))
-            model.weak.load_state_dict(other.weak.state_dict())
+        other = load(script, look.other) if look.other else model
+        model.weak = load(script, look.weak).weak if look.weak else own_weak
         parts = []
         for start in range(0, count, BATCH):
             part = labels[start : start + BATCH]
             seeds = [eval_speedrun.NOISE_SEED + start + i for i in range(len(part))]
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             noise = torch.stack([torch.randn(track.shape, generator=g) for g in generators])
-            x = sample(script, model, noise, captions.pooled[part], look)
+            x = sample(script, model, other, noise, captions.pooled[part], look)
             parts.append(lite(eval_speedrun.to_uint8(x), part))
         fake = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         kd, accuracy, *_ = Lite.values(real, fake)
