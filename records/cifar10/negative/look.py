@@ -5,8 +5,8 @@
 RUN is a folder of logs/ with its checkpoints; what is not named is SAMPLER's. `churn` is the share
 of the remaining noise that a step replaces by fresh noise, where t is in churn_interval; `flips=1`
 takes the mean of the velocities of a picture and of its mirror image (twice the evaluations that
-are printed); `weak` is a checkpoint whose earlier EMA takes the place of this run's, `other` one
-that is asked in this run's place where t is larger than `above`.
+are printed); `weak` is a checkpoint whose earlier EMA takes the place of this run's, or with
+`weak_is_ema=1` its own EMA; `other` one that is asked in this run's place where t is above `above`.
 """
 
 import ast
@@ -35,6 +35,7 @@ SAMPLER = dict(
     churn_interval=(0.0, 1.0),
     flips=0,
     weak="",
+    weak_is_ema=0,
     other="",
     above=1.0,
 )
@@ -99,7 +100,10 @@ def main():
         given = {word.arg: ast.literal_eval(word.value) for word in given}
         look = SimpleNamespace(**SAMPLER | given)
         other = load(script, look.other) if look.other else model
-        model.weak = load(script, look.weak).weak if look.weak else own_weak
+        model.weak = own_weak
+        if look.weak:
+            given = load(script, look.weak)
+            model.weak = given if look.weak_is_ema else given.weak
         parts = []
         for start in range(0, count, BATCH):
             part = labels[start : start + BATCH]
