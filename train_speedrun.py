@@ -947,7 +947,7 @@ class World:
             if sys.platform == "linux":  # killed when torchrun dies, or it would train on
                 ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
             dist.init_process_group(backend, timeout=timedelta(minutes=10))
-            dist.barrier()  # one that ends sooner takes rank 0's address book with it
+            dist.barrier()  # or rank 0, ending early, takes the store that others still join by
 
     def end_on_signals(self):
         """SIGTERM and Ctrl-C end this process with one line, also where a collective waits.

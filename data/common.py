@@ -58,7 +58,7 @@ class World:
             keep_freed_memory()
         if self.size > 1:
             dist.init_process_group("gloo", timeout=timedelta(days=1))
-            self.wait()  # one that ends sooner takes rank 0's address book with it
+            self.wait()  # or rank 0, ending early, takes the store that others still join by
 
     def wait(self):
         """Returns once every process has called it."""
