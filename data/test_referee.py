@@ -599,6 +599,7 @@ def shorten(name: str):
 
 SNAPSHOT = "run/train_speedrun.py"
 LAST = "run/step_000020.safetensors"
+VAL = "data/tiny/val_000.safetensors"
 DAMAGES = {
     "import": (lambda: add_code(Path("run"), "import not_there"), "not import", "not_there"),
     "names": (lambda: add_code(Path("run"), "del sample"), "not import", "sample"),
@@ -607,11 +608,8 @@ DAMAGES = {
     "cut": (lambda: os.truncate(LAST, 999), LAST, "RESUME=run"),
     "checkpoints": (lambda: [os.remove(path) for path in Path("run").glob("*00*")], "RESUME=run"),
     "captions": (lambda: os.remove("data/tiny/text.safetensors"), "data/download.py tiny"),
-    "shard": (lambda: os.truncate("data/tiny/val_000.safetensors", 900), "data/download.py tiny"),
-    "images": (
-        lambda: shorten("data/tiny/val_000.safetensors"),
-        "30 validation images (3, 8, 8), not 32",
-    ),
+    "shard": (lambda: os.truncate(VAL, 900), "data/download.py tiny"),
+    "images": (lambda: shorten(VAL), "30 validation images (3, 8, 8), not 32"),
 }
 
 
@@ -626,6 +624,7 @@ def test_damaged_run_or_data_is_one_line(name, place, refused):
 
 REQUESTS = {
     "--images|0": ("10 or more --images",),
+    "--images|3": ("10 or more --images",),
     "--images|1000000000": ("at most 1,000,000",),
     "--images|0|--prompt|": ("10 or more --images",),
     "--prompt|": ("--prompt is empty",),

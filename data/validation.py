@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data.common import Captions, UserError, read_split
@@ -19,7 +18,7 @@ from data.metrics import BATCH
 
 DRAWS_SEED = 2025  # of the contract's validation draws
 COUNTED = 2  # batches of a pass that run as plain PyTorch, with their FLOPs counted
-NEAR = 1 / 16  # of all differences between neighbours in t: each is measured by those around it
+PARTS = 16  # of [0, 1]: in each, how far errors of like t differ is measured by itself
 ERRORS = 5  # standard errors by which a loss on other draws may exceed the logged one
 
 
@@ -36,16 +35,14 @@ class Validation:
         """Of the mean of errors whose times are spread evenly: one in each of `count` parts.
 
         Neighbours in t differ by chance alone: sum (e_i+1 - e_i)^2 / 2 is (n - 1) variances.
-        A difference counts as five medians of those near it in t at most: wild images do not widen
-        it, unless they fill half of NEAR, and then the loss rises by more. Where all errors are
-        large, as at small t where the image is predicted, they may differ by more.
+        A difference counts as five median ones of its part of [0, 1] at most. Where all errors are
+        large, as at small t where the image is predicted, they may differ by more. Wild images do
+        not widen the error: half of a part must be wild, and of a race's 4,096 images so many raise
+        the loss by more than they let pass.
         """
         differences = self.errors[self.t.argsort()].diff().abs()
-        medians = differences.unfold(0, round(NEAR * len(differences)) + 1, 1).median(dim=1).values
-        beyond = len(differences) - len(medians)
-        ends = (beyond // 2, beyond - beyond // 2)
-        medians = F.pad(medians.view(1, -1), ends, mode="replicate").view(-1)
-        differences = differences.clamp(max=5 * medians)
+        parts = differences.chunk(PARTS)
+        differences = torch.cat([part.clamp(max=5 * part.median()) for part in parts])
         variance = differences.square().mean().item() / 2
         return math.sqrt(variance / len(self.errors))
 

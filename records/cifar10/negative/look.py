@@ -42,16 +42,15 @@ SAMPLER = dict(
 BATCH = 100
 
 
-def velocity(script, model, x, rows, text, flips) -> torch.Tensor:
-    """The script's, of x (B, C, H, W) or, with flips, the mean over x and its mirror image."""
-    v = script.velocity(model, x, rows, text)
-    if flips:
-        v = (v + script.velocity(model, x.flip(-1), rows, text).flip(-1)) / 2
-    return v
-
-
 def sample(script, own, other, noise, text, look) -> torch.Tensor:
     """The script's own Euler sampler, with ancestral steps: (B, C, H, W) -> the same."""
+
+    def velocity(model, x, rows, text) -> torch.Tensor:
+        v = script.velocity(model, x, rows, text)
+        if look.flips:
+            v = (v + script.velocity(model, x.flip(-1), rows, text).flip(-1)) / 2
+        return v
+
     generator = torch.Generator().manual_seed(7)
     null = own.null_text(len(noise)).contiguous()
     x = noise
@@ -60,13 +59,12 @@ def sample(script, own, other, noise, text, look) -> torch.Tensor:
         model = other if t > look.above else own
         from_null, from_weak = script.guidance_at(t, look)
         rows = torch.full((len(x),), t)
-        v = velocity(script, model, x, rows, text, look.flips)
+        v = velocity(model, x, rows, text)
         way = 0.0
         if from_null:
-            way = from_null * (v - velocity(script, model, x, rows, null, look.flips))
+            way = from_null * (v - velocity(model, x, rows, null))
         if from_weak:
-            v_weak = velocity(script, model.weak, x, rows, text, look.flips)
-            way = way + from_weak * (v - v_weak)
+            way = way + from_weak * (v - velocity(model.weak, x, rows, text))
         v = v + way
         churn = look.churn if look.churn_interval[0] <= t <= look.churn_interval[1] else 0.0
         fresh = torch.randn(x.shape, generator=generator)
@@ -102,8 +100,8 @@ def main():
         other = load(script, look.other) if look.other else model
         model.weak = own_weak
         if look.weak:
-            given = load(script, look.weak)
-            model.weak = given if look.weak_is_ema else given.weak
+            donor = load(script, look.weak)
+            model.weak = donor if look.weak_is_ema else donor.weak
         parts = []
         for start in range(0, count, BATCH):
             part = labels[start : start + BATCH]
