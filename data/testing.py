@@ -67,6 +67,7 @@ ALL = replace(
     sampler="sde",
     last_step=0.04,
     autoguidance=1.0,
+    autoguidance_interval=(0.0, 1.0),
     weak_at=0.5,
 )
 # DINOv2's patches and components, for 8 x 8 pixels, and the width of REPA's MLPs
