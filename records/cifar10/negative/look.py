@@ -42,8 +42,8 @@ SAMPLER = dict(
 BATCH = 100
 
 
-def sample(script, own, other, noise, text, look) -> torch.Tensor:
-    """The script's own Euler sampler, with ancestral steps: (B, C, H, W) -> the same."""
+def sample(script, own, other, x, text, look, times) -> torch.Tensor:
+    """The script's own Euler sampler, with ancestral steps: x (B, C, H, W) at times[0] -> at 0."""
 
     def velocity(model, x, rows, text) -> torch.Tensor:
         v = script.velocity(model, x, rows, text)
@@ -52,9 +52,7 @@ def sample(script, own, other, noise, text, look) -> torch.Tensor:
         return v
 
     generator = torch.Generator().manual_seed(7)
-    null = own.null_text(len(noise)).contiguous()
-    x = noise
-    times = script.sampling_times(look)
+    null = own.null_text(len(x)).contiguous()
     for t, t_next in zip(times, times[1:]):
         model = other if t > look.above else own
         from_null, from_weak = script.guidance_at(t, look)
@@ -108,7 +106,8 @@ def main():
             seeds = [eval_speedrun.NOISE_SEED + start + i for i in range(len(part))]
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             noise = torch.stack([torch.randn(track.shape, generator=g) for g in generators])
-            x = sample(script, model, other, noise, captions.pooled[part], look)
+            times = script.sampling_times(look)
+            x = sample(script, model, other, noise, captions.pooled[part], look, times)
             parts.append(lite(eval_speedrun.to_uint8(x), part))
         fake = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         kd, accuracy, *_ = Lite.values(real, fake)
