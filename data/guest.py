@@ -85,6 +85,11 @@ ATEN = torch.ops.aten
 FORMULAS = dict(flop_registry)
 FORMULAS |= {ATEN.mv: mv_flops, ATEN.addmv: addmv_flops, ATEN.addbmm: addbmm_flops}
 FORMULAS |= {ATEN.dot: dot_flops, ATEN.vdot: dot_flops}
+# PyTorch 2.14 has a formula of its flash attention on GPUs alone
+FORMULAS.setdefault(
+    ATEN._scaled_dot_product_flash_attention_for_cpu,
+    FORMULAS[ATEN._scaled_dot_product_flash_attention],
+)
 
 # Operations that cost nothing here: views, and what PyTorch marks as elementwise or as a reduction
 FREE_TAGS = {torch.Tag.pointwise, getattr(torch.Tag, "reduction", torch.Tag.pointwise)}
