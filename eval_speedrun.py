@@ -65,6 +65,7 @@ from data.validation import DRAWS_SEED, refuse_looked_up, validate
 # Hash of each track's published contract. A new track adds its own and changes no other.
 CONTRACTS = {
     "cifar10": "b7b197f12c93f2d01686bdeffe15d3ba1fccf1578db969dfcc7e4eb9085122f3",
+    "cifar10-external": "cdbbbb16550ffd8c8990fcde52c33383629dc3e340a838f4ce97356ae574825e",
     "imagenet256": "f4d059bb8b2a03edbd3c8e89c07d7c75a845d7f4c7481e0d0d0b29a63812ccfc",
     "imagenet512": "4b11e37d1f42eb9d9c87288f42996bfba4609b0c4bd78c249755787eb43c40a1",
     "folder": "62e309148f515707e52e100ba49efd3d28440a121e0867536153b5c87bcbd7c3",
@@ -79,7 +80,7 @@ GRID_ROWS = 10  # images of each caption in samples.png: as many as a batch has
 CURVE_IMAGES = {"uint8": 250, "float16": 1000}  # scored of every checkpoint
 IMAGES = {"uint8": 2000, "float16": 50_000}  # scored of the last one, unless --images says
 CURVE = {"uint8": ["lite"], "float16": ["dinov2", "judge"]}  # networks of every checkpoint
-FINAL = {"cifar10": ["inception"]}  # of the last, on a GPU
+FINAL = dict.fromkeys(("cifar10", "cifar10-external"), ["inception"])  # of the last, on a GPU
 FINAL |= dict.fromkeys(("imagenet256", "imagenet512"), ["inception", "hps"])
 
 REFEREE = (  # whatever decides a number: results.json carries the hash of them all
@@ -406,8 +407,7 @@ class Evaluation:
         self.nfe = 0.0  # the most evaluations that any image took
         self.metrics = {}  # of the last checkpoint
         self.samples_sha256 = None  # of its scored samples: sha256 of the sha256 of each image
-        random_seed = int.from_bytes(os.urandom(6), "little")
-        self.draws_seed = world.same(random_seed)  # of validation draws that nobody knew before
+        self.draws_seed = world.same(random.SystemRandom().getrandbits(48))  # nobody knew it before
         project = Path(__file__).resolve().parent
         self.referee = key_of(*[sha256_of(project / name) for name in REFEREE])
         self.rules = {

@@ -71,6 +71,7 @@ class Track:
 
 ROWS = (
     Track("cifar10", (3, 32, 32), "uint8", 127.5, 0.00784313725490196, 50_000, 512, 4096, 100),
+    Track("cifar10-external", (3, 32, 32), "uint8", 127.5, 0.0078431373, 50_000, 512, 4096, 100),
     Track("imagenet256", (32, 16, 16), "float16", 0.0, 0.3099, 1_277_071, 768, 4096, 100),
     Track("imagenet512", (32, 32, 32), "float16", 0.0, 0.3099, 1_277_071, 768, 4096, 100),
     Track("folder", (3, 32, 32), "uint8", 127.5, 0.00784313725490196, 0, 512, 64, 100),
@@ -134,8 +135,9 @@ class Config:
     t_shift: float = 1.0  # of training t: more noise where > 1
     cfm: float = 0.0  # weight of contrastive flow matching
     reg: float = 0.0  # weight of the class token's velocity (REG); 0 = no such token
-    repa: float = 0.0  # weight of the alignment with DINOv2-B's features (REPA) ...
+    repa: float = 0.0  # weight of the alignment with the data's features (REPA) ...
     repa_layers: tuple = ()  # ... of the states after these blocks
+    repa_width: int = 2048  # of its MLPs
     # sampler
     sampler: str = "euler"  # or "sde": Euler-Maruyama (SiT, arXiv 2401.08740)
     sample_steps: int = 50
@@ -161,7 +163,7 @@ CONFIGS = {
         track="cifar10",
         patch=4,
         width=128,
-        depth=4,
+        depth=3,
         flip=True,
         batch_size=32,
         steps=5000,
@@ -175,7 +177,7 @@ CONFIGS = {
         sample_steps=12,
         guidance=8.5,
         guidance_interval=(0.1, 0.7),
-        autoguidance=2.5,
+        autoguidance=3.0,
         sample_shift=1.2,
     ),
     # SiT-B/1 on 8 GPUs: SR-DiT (arXiv 2512.12386) with Muon
@@ -205,6 +207,7 @@ CONFIGS = {
         last_step=0.04,
     ),
 }
+CONFIGS["cifar10-external"] = replace(CONFIGS["cifar10-cpu"], track="cifar10-external", flip=False)
 CONFIGS["folder"] = replace(CONFIGS["cifar10-cpu"], track="folder")  # your own photos
 CONFIGS["imagenet512"] = replace(  # as SR-DiT: the same but for the shifts, of 4 times the values
     CONFIGS["imagenet256"], track="imagenet512", t_shift=math.sqrt(8), sample_shift=math.sqrt(8)
@@ -213,8 +216,6 @@ CONFIGS["imagenet512"] = replace(  # as SR-DiT: the same but for the shifts, of 
 # ---------------------------------------------------------------------------------------------
 # Model: a diffusion transformer (DiT, arXiv 2212.09748) on a grid of pixels or latents
 # ---------------------------------------------------------------------------------------------
-
-PROJECTOR = 2048  # width of REPA's MLPs
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -308,7 +309,7 @@ class Transformer(nn.Module):
             self.class_head = nn.Linear(D, components)
         self.projectors = nn.ModuleList()  # REPA's MLPs from states to DINOv2's components
         for _ in cfg.repa_layers:
-            sizes = (D, PROJECTOR, PROJECTOR, components)
+            sizes = (D, cfg.repa_width, cfg.repa_width, components)
             linears = [nn.Linear(a, b, bias=False) for a, b in zip(sizes, sizes[1:])]
             mlp = nn.Sequential(linears[0], nn.SiLU(), linears[1], nn.SiLU(), linears[2])
             self.projectors.append(mlp)
@@ -748,7 +749,7 @@ class Shards:
                 self.shards.append(shard)
                 self.hashes[path] = manifest["files"][name]["sha256"]
         except UNREADABLE as error:
-            options = " --images DIR --features" if "features" in shapes else ""
+            options = " --images DIR --features" if track.name.startswith("imagenet") else ""
             mend = f"run: python data/download.py {track.name}{options}"
             raise UserError(f"{path} is missing, damaged or foreign ({error}); {mend}")
         self.sha256 = hashlib.sha256(text).hexdigest()
@@ -1281,6 +1282,7 @@ def check_config(cfg: Config, world: World):
     assert even or not cfg.cfm, "cfm pairs images: give each forward an even number of them"
     aligns = set(layers) <= set(range(1, cfg.depth + 1)) and bool(layers) == bool(cfg.repa)
     assert aligns, f"repa {cfg.repa}, repa_layers {layers}: both or none, in 1 .. {cfg.depth}"
+    assert not cfg.flip or not (cfg.reg or cfg.repa), "features are not mirrored: set flip = False"
     nfe = sampling_nfe(cfg)
     assert nfe <= track.max_nfe, f"sample takes {nfe} network evaluations, of {track.max_nfe}"
 
@@ -1300,10 +1302,9 @@ def open_data(cfg: Config, track: Track, world: World) -> tuple[Shards, Shards]:
         raise UserError(f"data/{track.name}/manifest.json is not that of {track.name}; {mend}")
     patches = math.prod(track.shape[1:]) // cfg.patch**2
     seen = len(data.feature_scale) - 1
-    assert patches == seen or not cfg.repa, f"{patches} patches, but DINOv2 saw {seen}"
-    label_count = len(load_captions(track, "cpu"))
-    data.check(label_count, world)
-    val.check(label_count, world)
+    assert patches == seen or not cfg.repa, f"{patches} patches, but the teacher saw {seen}"
+    for shards in (data, val):
+        shards.check(len(load_captions(track, "cpu")), world)
     return data, val
 
 

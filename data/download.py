@@ -2,6 +2,7 @@
 
     python data/download.py cifar10                 shards, caption table, manifest; or: all there
     python data/download.py cifar10 --check-text    recompute the caption table with open_clip
+    python data/download.py cifar10-external        the same, and EfficientNet-lite2's features
     python data/download.py imagenet256             latents from the hub, captions through CLIP
     python data/download.py imagenet256 --shards 2  only the first 20,000 images: for a trial
     torchrun --nproc_per_node=8 data/download.py imagenet256 --images ILSVRC/train --features
@@ -45,10 +46,18 @@ from data.common import (  # noqa: E402
     World,
     progress,
     read_contract,
+    read_split,
     sha256,
     sha256_of,
 )
-from data.encoders import COMPONENTS, ENDINGS, Photos, read_photo, sample_latents  # noqa: E402
+from data.encoders import (  # noqa: E402
+    COMPONENTS,
+    ENDINGS,
+    Photos,
+    SmallPatchFeatures,
+    read_photo,
+    sample_latents,
+)
 from data.networks import answers, clip_text, from_hub  # noqa: E402
 from data.shards import (  # noqa: E402
     all_there,
@@ -119,7 +128,7 @@ def cifar10(folder: Path, args: argparse.Namespace):
                 f"{source} does not hold CIFAR-10's {split} images: count and sha256 are {found}, "
                 f"not {CIFAR10[split]}"
             )
-        splits[split] = (latents, labels)
+        splits[split] = {"latents": latents, "labels": labels}
     text, provenance = cifar10_text()
     about = {
         "autoencoder": "none: pixels",
@@ -128,6 +137,34 @@ def cifar10(folder: Path, args: argparse.Namespace):
     }
     write_track(folder, splits, text, about, provenance)
     print(f"{folder}: the pixels are from {source}")
+
+
+def cifar10_external(folder: Path, args: argparse.Namespace):
+    """Writes what is missing of data/cifar10-external: CIFAR-10, and EfficientNet-lite2's features.
+
+    They are of the training images as they are stored: mirrored ones would have others. UserError.
+    """
+    if all_there(folder, {}):
+        return
+    plain = folder.with_name("cifar10")
+    cifar10(plain, args)
+    need_disk(folder, 700e6, "free some and run this again")
+    world = World()
+    features = SmallPatchFeatures(world.device)
+    splits = {}
+    for split in ("train", "val"):
+        images, labels = read_split(plain.name, split)
+        splits[split] = {"latents": images, "labels": labels.short()}
+    images = splits["train"]["latents"]
+    bases = folder / "features.safetensors"
+    if not bases.is_file():
+        features.fit(progress(images[::25].split(50), "PCA"), bases)
+    features.load(bases, world)
+    parts = [features(part) for part in progress(images.split(50), "features")]
+    splits["train"]["features"] = torch.cat(parts)
+    text, provenance = cifar10_text()
+    about = {"source": "data/cifar10", "features": "EfficientNet-lite2, 128 pixels"}
+    write_track(folder, splits, text, about, provenance)
 
 
 def cifar10_images() -> tuple[dict, str]:
@@ -509,16 +546,16 @@ def own_photos(folder: Path, args: argparse.Namespace):
     labels = np.array([label_of[caption] for caption in captions], np.int32)
     is_held = np.zeros(len(files), bool)
     is_held[np.linspace(0, len(files) - 1, row.val_images).round().astype(int)] = True
-    arrays = (pixels, labels)
+    arrays = {"latents": pixels, "labels": labels}
     if is_encoded:
         latents = []
         for at in progress(range(0, len(files), 16), "latents"):
             part = torch.from_numpy(pixels[at : at + 16]).to(device)
             latents.append(sample_latents(autoencoder, part, range(at, at + len(part))))
-        arrays = (torch.cat(latents).numpy(), labels, pixels)
+        arrays |= {"latents": torch.cat(latents).numpy(), "pixels": pixels}
     splits = {
-        "train": [array[~is_held] for array in arrays],
-        "val": [array[is_held] for array in arrays],
+        "train": {name: array[~is_held] for name, array in arrays.items()},
+        "val": {name: array[is_held] for name, array in arrays.items()},
     }
     about = {
         "autoencoder": "E2E-INVAE f16d32" if is_encoded else "none: pixels",
@@ -532,7 +569,8 @@ def own_photos(folder: Path, args: argparse.Namespace):
 # ---------------------------------------------------------------------------------------------
 
 # What brings each track; called with its folder, data/<track>, and the command line's values.
-DOWNLOADS = {"cifar10": cifar10, "folder": own_photos} | dict.fromkeys(SIZES, imagenet)
+DOWNLOADS = {"cifar10": cifar10, "cifar10-external": cifar10_external, "folder": own_photos}
+DOWNLOADS |= dict.fromkeys(SIZES, imagenet)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,7 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.common import UserError, World, progress, write_atomic
-from data.networks import IMAGENET, dinov2, load_weights, tensor_bicubic
+from data.networks import (
+    IMAGENET,
+    dinov2,
+    enlarged,
+    folded,
+    lite,
+    load_weights,
+    tensor_bicubic,
+)
 
 
 def center_crop(image, size: int = 256) -> np.ndarray:
@@ -59,8 +67,7 @@ def read_photo(file: Path, size: int, upright: bool = False) -> np.ndarray:
 # Compressed features
 # ---------------------------------------------------------------------------------------------
 
-WIDTH = 768  # of a token
-COMPONENTS = {"pca": 64, "full": WIDTH}  # principal components kept of a token, by --features
+COMPONENTS = {"pca": 64, "full": 768}  # principal components kept of a token, by --features
 PHOTOS_TO_FIT = 4  # for each component, or a class token's last ones would have no variance
 NARROWEST = 0.01  # of the widest component's deviation: that of one which the photos hardly show
 
@@ -75,27 +82,31 @@ class PatchFeatures:
     """
 
     KINDS = (slice(0, 1), slice(1, None))  # of the tokens: the class token, the patches
+    width = 768  # of a token
 
     def __init__(self, device: torch.device, size: int = 256, components: int = 64):
         """size: pixels a side of the photos; components: how many are kept of a token."""
         self.side = size // 16  # patches
         self.components = components
-        self.network = dinov2("base", "dinov2-b", device, self.side)
+        self.network = self.load_network(device)
+
+    def load_network(self, device: torch.device) -> nn.Module:
+        return dinov2("base", "dinov2-b", device, self.side)
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, size, size) -> float (B, 1 + patches, 768)."""
+        """uint8 (B, 3, size, size) -> float (B, 1 + patches, width)."""
         return self.network.forward_features(tensor_bicubic(images, IMAGENET, 14 * self.side))
 
     def fit(self, batches: Iterable[Tensor], path: Path):
         """Fits both bases on batches of images and writes them to `path`. Raises UserError.
 
-        mean (2, 768), basis (2, 768, components), widest (2, 1), explained share of the variance
-        (2,), scale (1 + patches, components).
+        mean (2, width), basis (2, width, components), widest (2, 1), explained share of the
+        variance (2,), scale (1 + patches, components).
         """
         count = torch.zeros(2, 1)
-        total = torch.zeros(2, WIDTH, dtype=torch.float64)
-        products = torch.zeros(2, WIDTH, WIDTH, dtype=torch.float64)
+        total = torch.zeros(2, self.width, dtype=torch.float64)
+        products = torch.zeros(2, self.width, self.width, dtype=torch.float64)
         for images in batches:  # all their tokens would not fit into memory
             tokens = self.tokens(images).double()
             for i, kind in enumerate(self.KINDS):
@@ -140,9 +151,41 @@ class PatchFeatures:
         return whole.round().clamp(-127, 127).to(torch.int8).cpu()
 
 
+class SmallPatchFeatures(PatchFeatures):
+    """EfficientNet-lite2 for images of 32 pixels: its pooled features, and its map of stride 16.
+
+    It sees them four times enlarged, so that a patch is 4 x 4 of their pixels. It is no relative of
+    DINOv2: of the networks that the package index has, it is the one that the referee does not use.
+    """
+
+    width = 1280  # of the pooled features; a patch's 120 channels stand first, then zeros
+    PATCH_STAGE = 4  # the last of those with stride 16
+
+    def __init__(self, device: torch.device):
+        super().__init__(device, size=128)
+
+    def load_network(self, device: torch.device) -> nn.Module:
+        net = folded(lite("tf_efficientnet_lite2", "lite2"))
+        return net.to(device, torch.bfloat16, memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, 32, 32) -> float (B, 1 + 64, 1280)."""
+        net = self.network  # where the norms were, `folded` has left their activations
+        x = net.bn1(net.conv_stem(enlarged(images)))
+        maps = []
+        for stage in net.blocks:
+            x = stage(x)
+            maps.append(x)
+        pooled = net.global_pool(net.bn2(net.conv_head(x)))  # (B, 1280)
+        patches = maps[self.PATCH_STAGE].flatten(2).mT  # (B, 64, 120)
+        patches = F.pad(patches, (0, self.width - patches.shape[2]))
+        return torch.cat([pooled[:, None], patches], dim=1).float()
+
+
 def principal_components(covariance: Tensor, count: int) -> dict[str, Tensor]:
-    """(768, 768) -> basis (768, count), scale (count,), the deviation of the widest component (1,),
-    the explained share of the variance ().
+    """(width, width) -> basis (width, count), scale (count,), the deviation of the widest component
+    (1,), the explained share of the variance ().
 
     scale is what a step of int8 is worth, in deviations of the widest component. It is the same
     for the first components, whose range is 4; where all are kept, the last would be rounded away,

