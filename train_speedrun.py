@@ -158,7 +158,7 @@ CONFIGS = {
     "cifar10": Config(
         track="cifar10", patch=2, width=512, depth=12, flip=True, steps=20_000, guidance=2.0
     ),
-    # two cores: ./run.sh in 7 minutes, with AMX; the record of records/cifar10 takes 2,900 steps
+    # two cores: ./run.sh in 7 minutes, with AMX; the record of records/cifar10 takes 2,700 steps
     "cifar10-cpu": Config(
         track="cifar10",
         patch=4,
