@@ -207,7 +207,14 @@ CONFIGS = {
         last_step=0.04,
     ),
 }
-CONFIGS["cifar10-external"] = replace(CONFIGS["cifar10-cpu"], track="cifar10-external", flip=False)
+CONFIGS["cifar10-external"] = replace(  # with EfficientNet-lite2's features: REPA in small
+    CONFIGS["cifar10-cpu"],
+    track="cifar10-external",
+    flip=False,
+    repa=0.5,
+    repa_layers=(1,),
+    repa_width=256,
+)
 CONFIGS["folder"] = replace(CONFIGS["cifar10-cpu"], track="folder")  # your own photos
 CONFIGS["imagenet512"] = replace(  # as SR-DiT: the same but for the shifts, of 4 times the values
     CONFIGS["imagenet256"], track="imagenet512", t_shift=math.sqrt(8), sample_shift=math.sqrt(8)
@@ -792,8 +799,7 @@ class Loader:
     """Training batches of this process's slice, fetched one step ahead by a thread.
 
     Their order is a function of (seed, step) alone: one permutation per epoch, global batches cut
-    end to end. The thread uses numpy: a parallel torch operation in it would start OpenMP threads
-    that slow the step.
+    end to end. The thread uses numpy: torch would start OpenMP threads that slow the step.
     """
 
     def __init__(self, shards: Shards, cfg: Config, seed: int, world):
@@ -950,10 +956,7 @@ class World:
             dist.barrier()  # or rank 0, ending early, takes the store that others still join by
 
     def end_on_signals(self):
-        """SIGTERM and Ctrl-C end this process with one line, also where a collective waits.
-
-        Python calls a handler only between two of its own instructions, hence the thread.
-        """
+        """SIGTERM and Ctrl-C end it with one line: by a thread, also where a collective waits."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer)
@@ -1235,10 +1238,7 @@ def load_state(folder: Path, code_sha256: str) -> dict:
 
 
 def make_folder(wanted: Path, source: str) -> Path:
-    """A run's new folder, with the snapshot and the log's head. Raises UserError.
-
-    Where another run has the wanted name, as of the same second, this one has a number after it.
-    """
+    """A run's new folder, or one numbered beside it: snapshot, log's head. Raises UserError."""
     folder = wanted
     for count in itertools.count(2):
         try:
@@ -1301,8 +1301,8 @@ def open_data(cfg: Config, track: Track, world: World) -> tuple[Shards, Shards]:
     if not data.is_trial and data.sha256 != MANIFESTS.get(track.name, data.sha256):
         raise UserError(f"data/{track.name}/manifest.json is not that of {track.name}; {mend}")
     patches = math.prod(track.shape[1:]) // cfg.patch**2
-    seen = len(data.feature_scale) - 1
-    assert patches == seen or not cfg.repa, f"{patches} patches, but the teacher saw {seen}"
+    has_patches = len(data.feature_scale) == 1 + patches
+    assert has_patches or not cfg.repa, f"repa: no features of {patches} patches in the data"
     for shards in (data, val):
         shards.check(len(load_captions(track, "cpu")), world)
     return data, val
