@@ -29,7 +29,8 @@ def race(options: argparse.Namespace) -> str:
         side.log = log
         side.name = record.folder.name
         sides.append(side)
-    if sides[0].log["track"] != sides[1].log["track"]:
+    tracks = {side.log["track"].removesuffix("-external") for side in sides}
+    if len(tracks) > 1:  # with another network's features it is still the same pictures' race
         raise UserError("the two are of different tracks")
     whole = {"predecessor": [], "record": []}
     with tempfile.TemporaryDirectory() as folder:
