@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.common import UserError, key_of, sha256_of  # noqa: E402
 from records.gpu_model import Card  # noqa: E402
 
-TRIED = ("2.15",)  # versions of torch whose CUDA calls null_cuda.cpp answers
+TRIED = ("2.14", "2.15")  # versions of torch whose CUDA calls null_cuda.cpp answers
 SOURCE = Path(__file__).with_name("null_cuda.cpp")
 LIBRARIES = ("c10_cuda", "torch_cuda", "torch_python", "torch_cpu", "caffe2_nvrtc")
 LIBRARIES += ("torch_cuda_linalg",)
