@@ -277,12 +277,12 @@ def precondition(x: Tensor, t: Tensor, cfg: Config) -> tuple:
 class Transformer(nn.Module):
     """Velocity network: (B, M) at times (B,) under captions (B, text_width) -> (B, M), float32.
 
-    A row is an image and, with REG (arXiv 2507.01467), DINOv2's class token beside it. With routing
+    A row is an image and, with REG (arXiv 2507.01467), a teacher's class token. With routing
     (SPRINT, arXiv 2510.21986) the middle blocks see some of the patches, the outer blocks all.
     """
 
     def __init__(self, cfg: Config, track: Track, components: int = 0):
-        """components: how many the data keeps of a DINOv2 feature, for REG and REPA."""
+        """components: how many the data keeps of a teacher's feature, for REG and REPA."""
         super().__init__()
         self.cfg = cfg
         self.track = track
@@ -314,7 +314,7 @@ class Transformer(nn.Module):
         if cfg.reg:
             self.class_in = nn.Linear(components, D)
             self.class_head = nn.Linear(D, components)
-        self.projectors = nn.ModuleList()  # REPA's MLPs from states to DINOv2's components
+        self.projectors = nn.ModuleList()  # REPA's MLPs from states to the teacher's components
         for _ in cfg.repa_layers:
             sizes = (D, cfg.repa_width, cfg.repa_width, components)
             linears = [nn.Linear(a, b, bias=False) for a, b in zip(sizes, sizes[1:])]
@@ -467,7 +467,7 @@ class Batch(NamedTuple):
     text: Tensor  # (B, text_width)
     keep: Tensor | None = None  # (B, K) tokens that enter the middle blocks, int64
     skip: Tensor | None = None  # (B,) bool: images that do not enter them
-    features: Tensor | None = None  # (B, 1 + patches, components) of DINOv2, centred
+    features: Tensor | None = None  # (B, 1 + patches, components) of a teacher, centred
 
     def part(self, rows: slice) -> "Batch":
         return Batch(*(None if field is None else field[rows] for field in self))
@@ -514,7 +514,7 @@ def loss_terms(model: Transformer, batch: Batch) -> dict[str, Tensor]:
         terms["cfm"] = -cfg.cfm * (weight * (out - other))[:, image].square().mean(dim=1)
     if cfg.reg:  # the class token has a velocity, too: REG, arXiv 2507.01467
         terms["reg"] = cfg.reg * error[:, model.image_values :].square().mean(dim=1)
-    if cfg.repa:  # states like DINOv2's: REPA, arXiv 2410.06940
+    if cfg.repa:  # states like a teacher's: REPA, arXiv 2410.06940
         terms["repa"] = 0.0
         for h in aligned:
             aim = batch.features[:, 1 - model.class_tokens :]
@@ -730,7 +730,7 @@ class Shards:
     def __init__(self, track: Track, split: str, shapes: dict[str, tuple]):
         """shapes: of what is read of each image; of "features" it is their scale's. UserError."""
         self.track = track
-        self.feature_scale = torch.ones(1, 0)  # (1 + patches, components) of DINOv2: none
+        self.feature_scale = torch.ones(1, 0)  # (1 + patches, components) of a teacher: none
         self.shards = []  # {name: array (n, *shape)} each
         self.hashes = {}  # {path: sha256 of the file, as the manifest has it}, one each
         path = Path("data", track.name, "manifest.json")

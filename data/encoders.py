@@ -154,8 +154,8 @@ class PatchFeatures:
 class SmallPatchFeatures(PatchFeatures):
     """EfficientNet-lite2 for images of 32 pixels: its pooled features, and its map of stride 16.
 
-    It sees them four times enlarged, so that a patch is 4 x 4 of their pixels. It is no relative of
-    DINOv2: of the networks that the package index has, it is the one that the referee does not use.
+    It sees them four times enlarged, so that a patch is 4 x 4 of their pixels. Its weights are in
+    the package index, and it is not the network that the referee asks.
     """
 
     width = 1280  # of the pooled features; a patch's 120 channels stand first, then zeros
