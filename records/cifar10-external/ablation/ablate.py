@@ -108,12 +108,14 @@ def table() -> str:
     lines = [f"| variant | seeds | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
     for variant in VARIANTS:
         runs = [entry for entry in found if entry["variant"] == variant]
+        if not runs:
+            continue
         cells = []
         for name in names:
             values = [entry["numbers"][name] for entry in runs]
             digits = 1 if "KD" in name or name.endswith("_s") else 4 if "loss" in name else 3
             spread = f" \u00b1 {stdev(values):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{fmean(values):.{digits}f}{spread}" if values else "")
+            cells.append(f"{fmean(values):.{digits}f}{spread}")
         lines.append(f"| {variant} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
