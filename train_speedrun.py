@@ -158,8 +158,7 @@ CONFIGS = {
     "cifar10": Config(
         track="cifar10", patch=2, width=512, depth=12, flip=True, steps=20_000, guidance=2.0
     ),
-    # two cores: ./run.sh in 7 minutes, with AMX; the record of records/cifar10 takes 2,700 steps
-    "cifar10-cpu": Config(
+    "cifar10-cpu": Config(  # two cores; the record of records/cifar10 takes 2,700 steps
         track="cifar10",
         patch=4,
         width=128,
@@ -756,8 +755,9 @@ class Shards:
                 self.shards.append(shard)
                 self.hashes[path] = manifest["files"][name]["sha256"]
         except UNREADABLE as error:
-            options = " --images DIR --features" if track.name.startswith("imagenet") else ""
-            mend = f"run: python data/download.py {track.name}{options}"
+            mend = f"run: python data/download.py {track.name}"
+            if "features" in shapes and not track.name.endswith("-external"):
+                mend += " --images DIR --features"
             raise UserError(f"{path} is missing, damaged or foreign ({error}); {mend}")
         self.sha256 = hashlib.sha256(text).hexdigest()
         self.is_trial = "shards" in manifest.get("request", ())  # only a part of the data
@@ -894,15 +894,14 @@ def make_batch(model, captions: Tensor, rows: dict, seed: int, step: int, world)
     if cfg.flip:
         x = torch.where(flip[mine].view(-1, 1, 1, 1) < 0.5, x.flip(-1), x)
     x = x.flatten(1)
-    features = rows.get("features")
     if model.class_tokens:
-        x = torch.cat([x, features[:, 0]], dim=1)
+        x = torch.cat([x, rows["features"][:, 0]], dim=1)
         noise = torch.cat([noise, class_noise], dim=1)
     text = captions[rows["labels"].long(), (caption[mine] * captions.shape[1]).long()]
     is_shown = (drop[mine] >= cfg.caption_drop).view(-1, 1)
     text = torch.where(is_shown, text, model.null_text(len(x)))
     keep, skip = draw_routing(model, step, routing)
-    return Batch(x, noise, shift_time(t[mine], cfg.t_shift), text, keep, skip, features)
+    return Batch(x, noise, shift_time(t[mine], cfg.t_shift), text, keep, skip, rows.get("features"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1301,10 +1300,11 @@ def open_data(cfg: Config, track: Track, world: World) -> tuple[Shards, Shards]:
     if not data.is_trial and data.sha256 != MANIFESTS.get(track.name, data.sha256):
         raise UserError(f"data/{track.name}/manifest.json is not that of {track.name}; {mend}")
     patches = math.prod(track.shape[1:]) // cfg.patch**2
-    has_patches = len(data.feature_scale) == 1 + patches
-    assert has_patches or not cfg.repa, f"repa: no features of {patches} patches in the data"
-    for shards in (data, val):
-        shards.check(len(load_captions(track, "cpu")), world)
+    seen = len(data.feature_scale) - 1
+    assert patches == seen or not cfg.repa, f"{patches} patches, but the teacher saw {seen}"
+    label_count = len(load_captions(track, "cpu"))
+    data.check(label_count, world)
+    val.check(label_count, world)
     return data, val
 
 

@@ -555,7 +555,7 @@ def test_features_are_wanted_where_a_config_learns_from_them(tiny, monkeypatch, 
     rewrite(features=None)
     ts.open_data(CONFIG, TRACK, world_of(0, 1))  # no error
     monkeypatch.setitem(ts.CONFIGS, "tiny", ALL)
-    refused(ts.main, "features", "run: python data/download.py tiny")
+    refused(ts.main, "features", "run: python data/download.py tiny --images DIR --features")
 
 
 def test_other_data_than_the_tracks_is_refused(tiny, monkeypatch, refused):

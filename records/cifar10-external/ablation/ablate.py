@@ -23,6 +23,7 @@ from data.common import World, import_snapshot, machine, read_captions, sha256_o
 from data.guest import unit_noise  # noqa: E402
 from data.networks import Lite  # noqa: E402
 from data.reference import reference  # noqa: E402
+from records.series import parse_log  # noqa: E402
 
 script = import_snapshot(Path(__file__).with_name("train_speedrun.py"))
 CONFIG = "cifar10-external"
@@ -94,13 +95,6 @@ def score(folder: Path) -> dict:
     }
 
 
-def last_lines(folder: Path) -> dict:
-    """The numbers at the end of the run's log that belong into the table."""
-    lines = (folder / "log.txt").read_text().splitlines()
-    values = dict(line.split(": ", 1) for line in lines if ": " in line)
-    return {name: float(values[name]) for name in ("val_loss", "train_time_s")}
-
-
 def table() -> str:
     """Markdown: a row of each variant, mean and standard deviation of its seeds."""
     found = [json.loads(line) for line in FOUND.read_text().splitlines()]
@@ -130,12 +124,13 @@ def main():
         print(table())
         return
     folder = train(args.variant, args.seed)
+    log = parse_log(folder / "log.txt")
     entry = {
         "variant": args.variant,
         "seed": args.seed,
         "steps": STEPS,
         "changed": VARIANTS[args.variant],
-        "numbers": last_lines(folder) | score(folder),
+        "numbers": {name: log[name] for name in ("val_loss", "train_time_s")} | score(folder),
         "machine": machine(torch.device("cpu")),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
