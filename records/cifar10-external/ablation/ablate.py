@@ -18,18 +18,15 @@ import guard
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-import eval_speedrun  # noqa: E402
-from data.common import World, import_snapshot, machine, read_captions, sha256_of  # noqa: E402
-from data.guest import unit_noise  # noqa: E402
-from data.networks import Lite  # noqa: E402
-from data.reference import reference  # noqa: E402
+from data.common import import_snapshot, machine, sha256_of  # noqa: E402
+from eval_speedrun import to_uint8  # noqa: E402
+from records.looks import Judge, load  # noqa: E402
 from records.series import parse_log  # noqa: E402
 
 script = import_snapshot(Path(__file__).with_name("train_speedrun.py"))
 CONFIG = "cifar10-external"
 FOUND = Path(__file__).with_name("ablation.jsonl")
 SAMPLES = 1000
-BATCH = 100
 STEPS = 1200  # of 32 images: 38,400
 
 BASE = dict(steps=STEPS, depth=4)  # of 4 blocks two can be routed
@@ -61,31 +58,16 @@ def train(variant: str, seed: int) -> Path:
 
 
 @torch.no_grad()
-def draw(model, captions) -> torch.Tensor:
-    """uint8 (SAMPLES, 3, 32, 32), from the referee's noise."""
-    for network in (model, model.weak):
-        network.forward = torch.compile(network.forward, dynamic=False)
-    rows = captions.balanced(SAMPLES)
-    images = []
-    for start in range(0, SAMPLES, BATCH):
-        seeds = [eval_speedrun.NOISE_SEED + start + i for i in range(BATCH)]
-        draws = unit_noise(seeds, model.track.shape, torch.device("cpu"))
-        text = captions.pooled[rows[start : start + BATCH]]
-        images.append(eval_speedrun.to_uint8(script.sample(model, draws(), text, draws)))
-    return torch.cat(images)
-
-
 def score(folder: Path) -> dict:
     """The referee's two goals, and the guard's like them."""
-    model, _ = script.load_checkpoint(max(folder.glob("step_*.safetensors")))
-    captions = read_captions(CONFIG)
-    world = World()
-    judge = Lite(captions, world.device)
-    real, _ = reference(model.track, "lite", judge, world)
-    images = draw(model, captions)
-    rows = captions.balanced(SAMPLES)
-    fake = judge(images, rows)
-    distance, accuracy, *_ = Lite.values(real, fake)
+    model = load(script, folder)
+    judge = Judge(model.track)
+    rows = judge.captions.balanced(SAMPLES)
+    batches = judge.batches(rows)
+    images = [to_uint8(script.sample(model, draws(), text, draws)) for text, draws in batches]
+    images = torch.cat(images)
+    fake = judge.features(images, rows)
+    distance, accuracy = judge.score(fake)
     guard_accuracy, guard_distance = guard.scores(guard.load(), images, fake["label"])
     return {
         "KD-lite": distance,

@@ -123,7 +123,9 @@ def main():
             losses.append(loss.item())
         mean = sum(losses) / len(losses)
         assert math.isfinite(mean), "the training diverged"
-        print(f"epoch: {epoch + 1} loss: {mean:.4f} s: {time.perf_counter() - began:.0f}", flush=True)
+        print(
+            f"epoch: {epoch + 1} loss: {mean:.4f} s: {time.perf_counter() - began:.0f}", flush=True
+        )
     save_file({name: tensor.half() for name, tensor in guard.state_dict().items()}, WEIGHTS)
     test_images, test_labels = read_split("cifar10", "val")
     accuracy, _ = scores(load(), test_images, test_labels)

@@ -18,10 +18,9 @@ from types import SimpleNamespace
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-import eval_speedrun  # noqa: E402
-from data.common import World, import_snapshot, read_captions  # noqa: E402
-from data.networks import Lite  # noqa: E402
-from data.reference import reference  # noqa: E402
+from data.common import import_snapshot  # noqa: E402
+from eval_speedrun import to_uint8  # noqa: E402
+from records.looks import Judge, load  # noqa: E402
 
 SAMPLER = dict(
     sample_steps=16,
@@ -39,7 +38,6 @@ SAMPLER = dict(
     other="",
     above=1.0,
 )
-BATCH = 100
 
 
 def sample(script, own, other, x, text, look, times) -> torch.Tensor:
@@ -71,26 +69,14 @@ def sample(script, own, other, x, text, look, times) -> torch.Tensor:
     return x
 
 
-def load(script, path):
-    """A checkpoint's model and, within it, its earlier EMA, compiled."""
-    model, _ = script.load_checkpoint(Path(path))
-    for network in (model, model.weak):
-        network.forward = torch.compile(network.forward, dynamic=False)
-    return model
-
-
 @torch.no_grad()
 def main():
     run, count, *looks = Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
-    world = World()
     script = import_snapshot(run / "train_speedrun.py")
-    model = load(script, max(run.glob("step_*.safetensors")))
+    model = load(script, run)
     own_weak = model.weak
-    captions = read_captions("cifar10")
-    lite = Lite(captions, world.device)
-    track = script.TRACKS["cifar10"]
-    real, _ = reference(track, "lite", lite, world)
-    labels = captions.balanced(count)
+    judge = Judge(model.track)
+    rows = judge.captions.balanced(count)
     for changes in looks:
         given = ast.parse(f"dict({changes})", mode="eval").body.keywords
         given = {word.arg: ast.literal_eval(word.value) for word in given}
@@ -100,17 +86,12 @@ def main():
         if look.weak:
             donor = load(script, look.weak)
             model.weak = donor if look.weak_is_ema else donor.weak
-        parts = []
-        for start in range(0, count, BATCH):
-            part = labels[start : start + BATCH]
-            seeds = [eval_speedrun.NOISE_SEED + start + i for i in range(len(part))]
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            noise = torch.stack([torch.randn(track.shape, generator=g) for g in generators])
-            times = script.sampling_times(look)
-            x = sample(script, model, other, noise, captions.pooled[part], look, times)
-            parts.append(lite(eval_speedrun.to_uint8(x), part))
-        fake = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        kd, accuracy, *_ = Lite.values(real, fake)
+        times = script.sampling_times(look)
+        images = []
+        for text, draws in judge.batches(rows):
+            x = sample(script, model, other, draws(), text, look, times)
+            images.append(to_uint8(x))
+        kd, accuracy = judge.score(judge.features(torch.cat(images), rows))
         print(f"{changes}: {script.sampling_nfe(look)} nfe, KD {kd:.1f}, accuracy {accuracy:.3f}")
 
 
