@@ -143,8 +143,9 @@ def test_every_parameter_is_trained_exactly_once_and_has_an_initialisation(tiny)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_orthogonalized_matrices_are_near_orthogonal(dtype):
     torch.manual_seed(0)
-    gradients = torch.randn(5, 96, 48)
-    singular = torch.linalg.svdvals(ts.orthogonalize(gradients, dtype).float())
+    tall = torch.randn(5, 96, 48)
+    both = [ts.orthogonalize(matrices, dtype).float() for matrices in (tall, tall.mT)]
+    singular = torch.linalg.svdvals(torch.cat([both[0], both[1].mT]))
     assert singular.min() > 0.8 and singular.max() < 1.2
 
 
@@ -155,7 +156,7 @@ def test_muon_equals_the_plain_rule_matrix_by_matrix(shape):
     wanted = bank.clone()
     momentum = 0.0
     rows = dict(weights=bank, momentum=torch.zeros(shape))
-    for _ in range(3):
+    for moves in (True, False, True):
         gradient = torch.randn(shape)
         momentum = 0.9 * momentum + 0.1 * gradient
         for i, x in enumerate(0.1 * gradient + 0.9 * momentum):
@@ -163,8 +164,9 @@ def test_muon_equals_the_plain_rule_matrix_by_matrix(shape):
             for a, b, c in ts.POLAR_EXPRESS:
                 gram = x @ x.T
                 x = a * x + b * gram @ x + c * gram @ gram @ x
-            wanted[i] -= 0.1 * max(1, shape[1] / shape[2]) ** 0.5 * x
-        ts.muon(rows, gradient, dict(lr=1.0), replace(CONFIG, muon_lr=0.1, muon_momentum=0.9))
+            wanted[i] -= moves * 0.1 * max(1, shape[1] / shape[2]) ** 0.5 * x
+        now = dict(lr=1.0, moves_banks=moves)
+        ts.muon(rows, gradient, now, replace(CONFIG, muon_lr=0.1, muon_momentum=0.9))
     assert_close(bank, wanted, rtol=1e-4, atol=1e-4)
 
 
