@@ -149,8 +149,8 @@ class Config:
     weak_at: float = 0.4  # that EMA is of the last validation in this share of the run
     sample_shift: float = 1.0  # time shift of the sampling grid
     last_step: float = 0.0  # final step, before the shift; 0 = as the others
-    # numerics
-    bf16: bool = True  # autocast, over bf16 copies of fp32 weights; Newton-Schulz in bf16 too
+    # numerics: bf16 autocast and Newton-Schulz over fp32 weights; fp32 on CPUs that emulate bf16
+    bf16: bool = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     compile: bool = True  # False: plain eager PyTorch, for debugging
 
 
@@ -166,7 +166,7 @@ CONFIGS = {
         depth=3,
         flip=True,
         batch_size=32,
-        steps=16_000,
+        steps=12_000,
         muon_lr=0.025,
         muon_every=2,
         adamw_lr=1e-3,
@@ -176,7 +176,7 @@ CONFIGS = {
         mean_weight=0.2,
         caption_drop=0.2,
         sample_steps=12,
-        guidance=6.5,
+        guidance=7.0,
         guidance_interval=(0.1, 0.7),
         autoguidance=4.0,
         sample_shift=1.2,

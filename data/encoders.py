@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from data.common import UserError, World, progress, write_atomic
+from data.common import UserError, World, product_dtype, progress, write_atomic
 from data.networks import (
     IMAGENET,
     dinov2,
@@ -166,7 +166,7 @@ class SmallPatchFeatures(PatchFeatures):
 
     def load_network(self, device: torch.device) -> nn.Module:
         net = folded(lite("tf_efficientnet_lite2", "lite2"))
-        return net.to(device, torch.bfloat16, memory_format=torch.channels_last)
+        return net.to(device, product_dtype(device), memory_format=torch.channels_last)
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tensor:

@@ -34,13 +34,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from data.common import (
-    Captions,
-    UserError,
-    progress,
-    sha256_of,
-    write_atomic,
-)
+from data.common import Captions, UserError, product_dtype, progress, sha256_of, write_atomic
 from data.metrics import (
     copy_threshold,
     frechet_distance,
@@ -524,10 +518,10 @@ def lite(name: str, what: str) -> nn.Module:
 
 
 def enlarged(images: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) -> what EfficientNet-lites see: bf16 (B, 3, 128, 128), channels last."""
+    """uint8 (B, 3, H, W) -> what EfficientNet-lites see: (B, 3, 128, 128), channels last."""
     x = F.interpolate(images.float(), size=(128, 128), mode="bicubic", antialias=True)
     x = x.clamp_(0, 255).sub_(127).div_(128)
-    return x.to(torch.bfloat16, memory_format=torch.channels_last)
+    return x.to(product_dtype(x.device), memory_format=torch.channels_last)
 
 
 def folded(net: nn.Module) -> nn.Module:
@@ -545,7 +539,7 @@ def folded(net: nn.Module) -> nn.Module:
 
 
 class Lite:
-    """EfficientNet-lite0's pooled features (1280), bf16: KD x 1000, and what is near a sample.
+    """EfficientNet-lite0's pooled features (1280): KD x 1000, and what is near a sample.
 
     Its neighbours vote on its class, and the nearest may be what it was copied from. Since it looks
     at some of the training images alone, the thumbnails of all of them are searched, too.
@@ -558,7 +552,8 @@ class Lite:
 
     def __init__(self, captions: Captions, device: torch.device):
         self.net = lite("tf_efficientnet_lite0", "lite")
-        self.folded = folded(self.net).to(device, torch.bfloat16, memory_format=torch.channels_last)
+        self.dtype = product_dtype(device)
+        self.folded = folded(self.net).to(device, self.dtype, memory_format=torch.channels_last)
         self.labels = torch.tensor(captions.labels, device=device)
 
     def __call__(self, images: Tensor, rows: list[int]) -> dict:
@@ -567,7 +562,7 @@ class Lite:
         return {"lite": features, "label": self.labels[rows], "thumbnail": thumbnails(images)}
 
     def features(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> bf16 (B, 1280)."""
+        """uint8 (B, 3, H, W) -> (B, 1280)."""
         return self.folded(enlarged(images))
 
     @staticmethod

@@ -37,7 +37,8 @@ def reference(track: SimpleNamespace, name: str, network, world: World) -> tuple
 
     They are cached in data/<track>/ under a name that says how. Raises UserError.
     """
-    protocol = {"weights": digest(network.net)}
+    dtype = getattr(network, "dtype", torch.float32)
+    protocol = {"weights": digest(network.net), "dtype": str(dtype).removeprefix("torch.")}
     if not network.reference_rows:
         return {}, protocol
     images, labels, images_sha256 = real_images(track)

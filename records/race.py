@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.common import UserError, machine, write_atomic  # noqa: E402
+from data.common import UserError, machine, product_dtype, write_atomic  # noqa: E402
 from records.compare import ROOT, Side  # noqa: E402
 from records.series import load_series  # noqa: E402
 
@@ -17,8 +17,12 @@ def race(options: argparse.Namespace) -> str:
     """timing.txt of the record B beside its predecessor A: whole-run seconds. Raises UserError.
 
     Both train their own configs in turn, cut to a number of steps over which their schedules are
-    stretched. The whole run is so many more steps, and what the clock had beside them once.
+    stretched, with the same changes: --set, and no bf16 where the machine has none. The whole run
+    is so many more steps, and what the clock had beside them once.
     """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if product_dtype(device) == torch.float32:  # records of before would emulate bf16 here
+        options.set = [*options.set, "bf16=False"]
     sides = []
     for folder in (options.a, options.b):
         record = load_series(folder)
@@ -39,10 +43,10 @@ def race(options: argparse.Namespace) -> str:
                 side.measure_round(Path(folder))
                 seconds.append(side.fixed[-1] + side.log["steps"] * side.seconds[-1])
                 print(f"round {turn + 1}: {side.name}: {seconds[-1]:.1f} s", flush=True)
-    name = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     lines = [
         "Seconds of whole runs, from compare.py --race: both in turn, of each round one.",
-        f"machine: {options.processes} x {name}, torch {torch.__version__}",
+        f"machine: {options.processes} x {machine(device)}, torch {torch.__version__}",
+        f"set: {' '.join(options.set)}",
         f"measured_steps: {options.steps}",
     ]
     for (key, seconds), side in zip(whole.items(), sides, strict=True):
