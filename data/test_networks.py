@@ -224,6 +224,9 @@ def test_lite_takes_the_wheels_names_and_scales_pixels(tmp_path, monkeypatch):
         assert x.equal(state[name])
     images = torch.randn(2, 3, 64, 64)
     assert_close(networks.folded(lite.net)(images), lite.net(images), rtol=1e-3, atol=1e-4)
+    monkeypatch.setattr(networks, "product_dtype", lambda device: torch.float64)
+    features = networks.Lite(captions, CPU).features(images.to(torch.uint8))
+    assert features.dtype == torch.float64  # of its weights and of what they see
     lite.folded = torch.flatten
     black_and_white = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
     seen = lite(black_and_white.expand(2, 3, 8, 8), [0, 1])

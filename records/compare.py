@@ -18,8 +18,7 @@ Of a script it knows TRACKS, CONFIGS, main() and the lines of its log. Parts of 
 script's annotations: torch.profiler.record_function("step") around each step of the timed loop,
 and others inside it. With them it also counts the FLOPs of "forward" and "backward" (matrix
 products, convolutions and attention, in eager PyTorch), the share of the machine's peak that they
-come to (MFU), and the time that they take at the speed of its matrix product, bf16 where
-it has instructions for it (floor).
+come to (MFU), and the time that they take at the speed of its matrix product (floor).
 """
 
 import argparse
@@ -43,7 +42,14 @@ from torch.utils.flop_counter import flop_registry
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data.common import UserError, import_snapshot, machine, now, product_dtype, sha256_of  # noqa: E402
+from data.common import (  # noqa: E402
+    UserError,
+    import_snapshot,
+    machine,
+    now,
+    product_dtype,
+    sha256_of,
+)
 from records.trace import average_parts  # noqa: E402
 
 # bf16 FLOP/s, dense, as stated, by a part of a GPU's name; PCIe cards and NVL pairs before SXM
@@ -346,9 +352,9 @@ def report(sides: list, options: argparse.Namespace) -> str:
     )
     lines = [
         f"{options.processes} x {name}, torch {torch.__version__}, {options.config}, "
-        f"{options.rounds} rounds of {options.steps} steps; {str(dtype)[6:]} matrix product: "
-        f"{rate / 1e12:.3f} TFLOP/s measured (float32: {matmul_rate(torch.float32) / 1e12:.3f}), "
-        f"{peak / 1e12:.3f} taken as the peak of MFU",
+        f"{options.rounds} rounds of {options.steps} steps; matrix product: "
+        f"{rate / 1e12:.3f} TFLOP/s measured in {dtype}, {matmul_rate(torch.float32) / 1e12:.3f} "
+        f"in fp32, {peak / 1e12:.3f} taken as the peak of MFU",
         f"\n| | {names} |\n|---|---|---|---|---|---|---|---|",
         speed_row("A", a, rate, peak),
         speed_row("B", b, rate, peak),

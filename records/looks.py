@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import eval_speedrun
-from data.common import World, read_captions
+from data.common import World, import_snapshot, read_captions
 from data.guest import unit_noise
 from data.networks import Lite
 from data.reference import reference
@@ -24,6 +24,13 @@ def load(script, path):
     for network in (model, model.weak):
         network.forward = torch.compile(network.forward, dynamic=False)
     return model
+
+
+def finished(run: Path) -> tuple:
+    """The script of a run's folder, its last model, the judge of its track. Raises UserError."""
+    script = import_snapshot(run / "train_speedrun.py")
+    model = load(script, run)
+    return script, model, Judge(model.track)
 
 
 class Judge:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from data.common import import_snapshot  # noqa: E402
 from eval_speedrun import to_uint8  # noqa: E402
-from records.looks import Judge, load  # noqa: E402
+from records.looks import finished  # noqa: E402
 
 DRAWS = 3
 AGAIN = (0.25, 0.4, 0.55, 0.7, 0.85)
@@ -61,9 +60,7 @@ def draw(script, model, noise: Tensor, text: Tensor, fresh: Tensor) -> tuple[Ten
 @torch.no_grad()
 def main():
     run, count = Path(sys.argv[1]), int(sys.argv[2])
-    script = import_snapshot(run / "train_speedrun.py")
-    model = load(script, run)
-    judge = Judge(model.track)
+    script, model, judge = finished(run)
     rows = judge.captions.balanced(count)
     draws = [[] for _ in range(DRAWS)]
     for text, noises in judge.batches(rows):

@@ -17,17 +17,15 @@ from types import SimpleNamespace
 import torch
 from look import SAMPLER, sample
 
-from data.common import import_snapshot, read_split
+from data.common import read_split
 from eval_speedrun import to_uint8
-from records.looks import BATCH, Judge, load
+from records.looks import BATCH, finished
 
 
 @torch.no_grad()
 def main():
     run, count = Path(sys.argv[1]), int(sys.argv[2])
-    script = import_snapshot(run / "train_speedrun.py")
-    model = load(script, run)
-    judge = Judge(model.track)
+    script, model, judge = finished(run)
     images, labels = read_split("cifar10", "val", "latents")
     images = script.to_model_scale(model.track, images[:count])
     rows = [judge.captions.first_of_labels()[label] for label in labels[:count].tolist()]

@@ -18,9 +18,8 @@ from types import SimpleNamespace
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-from data.common import import_snapshot  # noqa: E402
 from eval_speedrun import to_uint8  # noqa: E402
-from records.looks import Judge, load  # noqa: E402
+from records.looks import finished, load  # noqa: E402
 
 SAMPLER = dict(
     sample_steps=16,
@@ -72,10 +71,8 @@ def sample(script, own, other, x, text, look, times) -> torch.Tensor:
 @torch.no_grad()
 def main():
     run, count, *looks = Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
-    script = import_snapshot(run / "train_speedrun.py")
-    model = load(script, run)
+    script, model, judge = finished(run)
     own_weak = model.weak
-    judge = Judge(model.track)
     rows = judge.captions.balanced(count)
     for changes in looks:
         given = ast.parse(f"dict({changes})", mode="eval").body.keywords
